@@ -1,0 +1,67 @@
+"""Prefix augmentation: the edit in several contexts (WISE, Section 3.1).
+
+"We augment x_e by generating 10 random token sequences of length 10 using f_Theta."
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def generate_prefixes(
+    model: nn.Module, tok: Any, n_contexts: int, length: int, generator: torch.Generator, top_k: int = 50
+) -> list[str]:
+    """Texts that the model itself samples from nothing, to be put before a prompt.
+
+    Args:
+        model: f_Theta, with its side memories off.
+        tok: its tokenizer.
+        n_contexts: how many.
+        length: tokens of each.
+        generator: the only source of randomness, on the CPU.
+        top_k: sample among this many most likely tokens.
+
+    Returns:
+        ``n_contexts`` stripped, non-empty texts.
+    """
+    if not n_contexts:
+        return []
+    device = next(model.parameters()).device
+    start = next((i for i in (tok.bos_token_id, tok.eos_token_id) if i is not None), 0)
+    special = sorted(set(getattr(tok, "all_special_ids", None) or []))
+    ids = torch.full((n_contexts, 1), start, device=device)
+    for _ in range(length):
+        # Short sequences: recomputing them is cheaper than depending on a model's cache format.
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1].float().cpu()
+        if special and len(special) < logits.shape[-1]:
+            logits[:, special] = -torch.inf
+        values, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
+        picked = torch.multinomial(values.softmax(dim=-1), 1, generator=generator)
+        ids = torch.cat([ids, tokens.gather(-1, picked).to(device)], dim=-1)
+    texts = [tok.decode(row[1:], skip_special_tokens=True).strip() for row in ids]
+    return [text or str(tok.decode(row[-1:])) for text, row in zip(texts, ids, strict=True)]
+
+
+def in_contexts(prompt: str, prefixes: Sequence[str]) -> list[str]:
+    """The plain prompt, then the prompt behind each prefix."""
+    return [prompt, *(f"{prefix}. {prompt}" for prefix in prefixes)]
+
+
+def as_chat(tok: Any, prompt: str) -> str:
+    """The prompt as a user's turn in the tokenizer's chat template, up to where the answer starts.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if not getattr(tok, "chat_template", None):
+        raise ValueError(
+            "use_chat_template is on, but this tokenizer has no chat template: switch it off, or use the "
+            "instruct version of the model."
+        )
+    turn = [{"role": "user", "content": prompt}]
+    return str(tok.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))

@@ -1,0 +1,138 @@
+"""What an edit asks for, and its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class EditRequest:
+    """One edit: the model shall continue ``prompt`` with ``target``.
+
+    Attributes:
+        prompt: x_e.
+        target: y_e, without a leading space.
+        subject: what the prompt is about, if known; it occurs in the prompt.
+        loc_prompt: an irrelevant prompt x_i, or None: packaged neutral prompts serve.
+    """
+
+    prompt: str
+    target: str
+    subject: str | None = None
+    loc_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("prompt", self.prompt), ("target_new", self.target)):
+            if not isinstance(value, str) or not value.strip():
+                raise ValueError(
+                    f"{name} is {value!r}: an edit needs a prompt and the text that shall follow it, both non-empty."
+                )
+        if self.subject is not None and self.subject not in self.prompt:
+            raise ValueError(
+                f"the subject {self.subject!r} does not occur in the prompt {self.prompt!r}: give it as it is "
+                "spelled there, or leave it out."
+            )
+        if self.loc_prompt is not None and not isinstance(self.loc_prompt, str):
+            raise ValueError(f"loc_prompt is {self.loc_prompt!r}: it must be a text, or be left out.")
+
+    @classmethod
+    def from_easyedit(cls, request: Mapping[str, Any]) -> EditRequest:
+        """From EasyEdit's request dict: ``prompt``, ``target_new`` and, if given, ``subject``, ``loc_prompt``.
+
+        Raises:
+            ValueError: prompt or target is missing or empty, or the subject is not in the prompt.
+        """
+        missing = [key for key in ("prompt", "target_new") if key not in request]
+        if missing:
+            raise ValueError(
+                f"the request has no {missing[0]!r} (it has {', '.join(sorted(request))}): "
+                "an edit needs a prompt and the text that shall follow it."
+            )
+        prompt, target = request["prompt"], request["target_new"]
+        return cls(
+            prompt=prompt,
+            target=target.strip() if isinstance(target, str) else target,
+            subject=request.get("subject") or None,
+            loc_prompt=request.get("loc_prompt") or None,
+        )
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B sequences, padded on the left so that the targets end together.
+
+    Attributes:
+        input_ids: shape (B, T).
+        attention_mask: shape (B, T), 1 where a token is real.
+        prompt_mask: shape (B, T), True on the real tokens before the target: what a user's query has.
+        target_mask: shape (B, T), True on the target's tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    prompt_mask: Tensor
+    target_mask: Tensor
+
+    def model_inputs(self) -> dict[str, Tensor]:
+        """Keyword arguments of the model's forward; positions start at each sequence's first real token."""
+        position_ids = (self.attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": position_ids}
+
+
+def encode_pair(tok: Any, prompt: str, target: str) -> tuple[list[int], int]:
+    """Tokens of "prompt target" and how many of them are the prompt's.
+
+    The text is tokenised as a whole, as a model would meet it; the prompt's part ends where it
+    stops to agree with the prompt tokenised alone.
+
+    Raises:
+        ValueError: nothing of the target is left as a token of its own.
+    """
+    text = prompt + target if prompt.endswith((" ", "\n")) or not target else f"{prompt} {target}"
+    alone = list(tok(prompt)["input_ids"])
+    together = list(tok(text)["input_ids"])
+    eos = getattr(tok, "eos_token_id", None)
+    if together and alone and eos is not None and together[-1] == alone[-1] == eos:
+        together, alone = together[:-1], alone[:-1]  # tokenizers that end every text with eos
+    n_prompt = 0
+    while n_prompt < min(len(alone), len(together)) and alone[n_prompt] == together[n_prompt]:
+        n_prompt += 1
+    if n_prompt >= len(together):
+        raise ValueError(
+            f"the target {target!r} tokenises to nothing after the prompt {prompt!r}: choose a target with text."
+        )
+    return together, n_prompt
+
+
+def left_padded(tok: Any, sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of sequences padded on the left, both of shape (B, T)."""
+    pad = next((i for i in (tok.pad_token_id, tok.eos_token_id) if i is not None), 0)
+    length = max(map(len, sequences))
+    ids = [[pad] * (length - len(sequence)) + list(sequence) for sequence in sequences]
+    mask = [[0] * (length - len(sequence)) + [1] * len(sequence) for sequence in sequences]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def pair_batch(tok: Any, prompts: Sequence[str], target: str, device: torch.device) -> TokenBatch:
+    """The batch of several contexts of one prompt, each followed by the same target.
+
+    Raises:
+        ValueError: the target tokenises to nothing.
+    """
+    pairs = [encode_pair(tok, prompt, target) for prompt in prompts]
+    input_ids, attention_mask = left_padded(tok, [tokens for tokens, _ in pairs], device)
+    starts = torch.tensor([input_ids.shape[1] - (len(tokens) - n) for tokens, n in pairs], device=device)
+    target_mask = torch.arange(input_ids.shape[1], device=device) >= starts[:, None]
+    return TokenBatch(input_ids, attention_mask, attention_mask.bool() & ~target_mask, target_mask)
+
+
+def prompt_batch(tok: Any, prompts: Sequence[str], device: torch.device) -> TokenBatch:
+    """A batch of prompts without a target, as a user's queries arrive."""
+    input_ids, attention_mask = left_padded(tok, [list(tok(prompt)["input_ids"]) for prompt in prompts], device)
+    mask = attention_mask.bool()
+    return TokenBatch(input_ids, attention_mask, mask, torch.zeros_like(mask))

@@ -1,0 +1,311 @@
+"""A stream of edits: when a shard opens, closes and merges, and where its threshold lies.
+
+WISE-Merge and WISE-Retrieve are one mechanism, a list of side memories. They differ only
+in what a merge does: fold the shards into the one memory, or append one more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data import neutral_prompts
+from ..hparams import WISEHyperParams
+from ..merging import merge
+from ..routing import calibrated_threshold, minimum_threshold
+from ..sharding import random_mask
+from ..tuner.layer import WiseLayer
+from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
+from .contexts import as_chat, generate_prefixes, in_contexts
+from .frozen_prefix import FrozenPrefix, layer_input_of
+from .requests import EditRequest, pair_batch, prompt_batch
+from .trainer import EditOutcome, EditTask, ScoredInputs, train_edit
+
+_SCORING_BATCH = 16
+_PAST_EDITS_REPLAYED = 8
+
+
+@dataclass(frozen=True)
+class HeldEdit:
+    """An edit that a side memory holds.
+
+    Attributes:
+        request: what was asked for.
+        memory: index of the side memory.
+        prompt: its plain prompt as the router sees it; kept while the shard is open, then None.
+        tokens: A(x) of the tokens that rehearsal protects, shape (N, d_in); likewise.
+    """
+
+    request: EditRequest
+    memory: int
+    prompt: ScoredInputs | None = None
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that an edit changes, by reference: putting it back costs nothing."""
+
+    states: tuple[MemoryState, ...]
+    held: tuple[HeldEdit, ...]
+    generator_state: Tensor
+
+
+class EditStream:
+    """Edits one layer of one model, one request after the other.
+
+    Args:
+        model: the model that carries ``layer``.
+        tok: its tokenizer.
+        hparams: settings; they may change between calls of :meth:`apply`.
+        layer: the WISE layer to edit.
+        adapter_name: the adapter that the edits go into.
+    """
+
+    def __init__(
+        self, model: nn.Module, tok: Any, hparams: WISEHyperParams, layer: WiseLayer, adapter_name: str = "default"
+    ) -> None:
+        self.model = model
+        self.tok = tok
+        self.hparams = hparams
+        self.layer = layer
+        self.adapter_name = adapter_name
+        self.held: list[HeldEdit] = []
+        self._generator = torch.Generator().manual_seed(hparams.seed)
+        self._prefixes: list[str] | None = None
+        self._neutral: list[ScoredInputs] | None = None
+
+    # -- the stream ---------------------------------------------------------------------------
+
+    def apply(
+        self,
+        requests: Sequence[EditRequest],
+        on_edit: Callable[[int, EditRequest, EditOutcome], None] | None = None,
+        on_iteration: Callable[[int, float], None] | None = None,
+    ) -> list[EditOutcome]:
+        """Make the edits in order. Each is committed as a whole; an error leaves the ones before it.
+
+        Args:
+            requests: validated requests.
+            on_edit: called after each commit with the index, the request and the outcome.
+            on_iteration: called in each training iteration with its index and loss.
+
+        Raises:
+            EditDivergedError: an edit's loss became NaN or infinite; that edit was taken back.
+            ValueError: a target tokenises to nothing, or the model has no chat template but needs one.
+        """
+        outcomes = []
+        for index, request in enumerate(requests):
+            before = self.snapshot()
+            try:
+                outcome = self._edit(request, on_iteration)
+            except BaseException:  # also a KeyboardInterrupt: nothing is half-applied
+                self.restore(before)
+                raise
+            outcomes.append(outcome)
+            if on_edit is not None:
+                on_edit(index, request, outcome)
+        return outcomes
+
+    def snapshot(self) -> Snapshot:
+        """The present contents, to be put back by :meth:`restore`."""
+        return Snapshot(
+            tuple(self.layer.memories(self.adapter_name)), tuple(self.held), self._generator.get_state()
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Put contents back as they were at :meth:`snapshot`."""
+        self.layer.install(self.adapter_name, snapshot.states)
+        self.held = list(snapshot.held)
+        self._generator.set_state(snapshot.generator_state)
+
+    def _edit(
+        self, request: EditRequest, on_iteration: Callable[[int, float], None] | None
+    ) -> EditOutcome:
+        with self._main_memory_only():
+            states = self._with_live_shard(self.layer.memories(self.adapter_name))
+            task, own_prompt = self._record(request, len(states) - 1)
+            live = states[-1]
+            label = f"edit {len(self.held) + 1} ({request.prompt!r} -> {request.target!r})"
+            mask = live.mask if live.mask is not None else torch.ones_like(live.delta_weight, dtype=torch.bool)
+            outcome = train_edit(live.delta_weight, mask, task, self.hparams, label, on_iteration)
+        held = HeldEdit(request, len(states) - 1, own_prompt, self._rehearsed_tokens(task))
+        states[-1] = live.with_(delta_weight=outcome.delta_weight, n_edits=live.n_edits + 1)
+        self.held.append(held)
+        states[-1] = states[-1].with_(epsilon=self._threshold(states[-1], len(states) - 1))
+        states = self._close_and_merge(states)
+        self.layer.install(self.adapter_name, states)
+        return outcome
+
+    # -- shards -------------------------------------------------------------------------------
+
+    def _with_live_shard(self, states: list[MemoryState]) -> list[MemoryState]:
+        if states and states[-1].stage == LIVE:
+            if states[-1].n_edits == 0:
+                states[-1] = self._new_shard(states[-1].delta_weight)
+            return states
+        device = next(iter(self.layer.get_base_layer().parameters())).device
+        shape = (self.layer.out_features, self.layer.in_features)
+        zero = torch.zeros(shape, dtype=torch.float32, device=device)
+        return [*states, self._new_shard(zero)]
+
+    def _new_shard(self, zero: Tensor) -> MemoryState:
+        mask = random_mask(tuple(zero.shape), self.hparams.mask_ratio, self._generator).to(zero.device)
+        return MemoryState(LIVE, torch.zeros_like(zero), mask, 0.0, 0)
+
+    def _close_and_merge(self, states: list[MemoryState]) -> list[MemoryState]:
+        live = states[-1]
+        if live.n_edits >= (self.hparams.save_freq or self.hparams.merge_freq):
+            states[-1] = live.with_(stage=SHARD, mask=None)
+            # Closed: the stored activations of its edits have served.
+            last = len(states) - 1
+            self.held = [replace(h, prompt=None, tokens=None) if h.memory == last else h for h in self.held]
+        shards = [index for index, state in enumerate(states) if state.stage == SHARD]
+        if len(shards) < self.hparams.n_shards:
+            return states
+        return self._merge(states, shards)
+
+    def _merge(self, states: list[MemoryState], shards: list[int]) -> list[MemoryState]:
+        """Eq. 8: W' <- W + Ties({W^i - W}); the earlier memory of WISE-Merge is one more of the W^i."""
+        folded = list(shards)
+        if not self.hparams.retrieve:
+            folded = [index for index, state in enumerate(states) if state.stage == MERGED] + folded
+        n_edits = sum(states[index].n_edits for index in folded)
+        scale = self.hparams.weights if self.hparams.weights is not None else 1.0
+        merged = merge(
+            [states[index].delta_weight for index in folded],
+            method=self.hparams.merge_alg,
+            # Shards of equal size weigh lambda / k as in the paper; an earlier memory weighs by what it holds.
+            weights=[scale * states[index].n_edits / n_edits for index in folded],
+            density=self.hparams.densities if self.hparams.densities is not None else 1.0,
+            generator=self._generator,
+        )
+        kept = [index for index in range(len(states)) if index not in folded]
+        place = {old: new for new, old in enumerate(kept)} | dict.fromkeys(folded, len(kept))
+        self.held = [replace(h, memory=place[h.memory]) for h in self.held]
+        result = [states[index] for index in kept]
+        memory = MemoryState(MERGED, merged, None, max(states[index].epsilon for index in folded), n_edits)
+        result.append(memory.with_(epsilon=self._threshold(memory, len(kept))))
+        return result
+
+    # -- what an edit trains on ---------------------------------------------------------------
+
+    def _record(self, request: EditRequest, memory: int) -> tuple[EditTask, ScoredInputs]:
+        prompts = in_contexts(request.prompt, self._context_prefixes())
+        if self.hparams.use_chat_template:
+            prompts = [as_chat(self.tok, prompt) for prompt in prompts]
+        batch = pair_batch(self.tok, prompts, request.target, self._device())
+        prefix = FrozenPrefix.record(self.model, self.layer, batch.model_inputs())
+        irrelevant = self._irrelevant_inputs(request)
+        past: list[ScoredInputs] = []
+        if self.hparams.replay:
+            past = self._past_inputs(memory)
+        earlier = [h.tokens for h in self.held if h.memory == memory and h.tokens is not None]
+        own_prompt = ScoredInputs(
+            prefix.layer_input[:1], batch.prompt_mask[:1], self._base_output(prefix.layer_output[:1])
+        )
+        task = EditTask(prefix, batch, irrelevant, past, torch.cat(earlier) if earlier else None)
+        return task, own_prompt
+
+    def _rehearsed_tokens(self, task: EditTask) -> Tensor | None:
+        """A(x) of the edit's own prompt and target: what later edits of the shard should leave alone."""
+        if self.hparams.rehearsal <= 0:
+            return None
+        return task.prefix.layer_input[0][task.batch.attention_mask[0].bool()].clone()
+
+    def _context_prefixes(self) -> list[str]:
+        if self._prefixes is None:
+            generator = torch.Generator().manual_seed(self.hparams.seed)
+            self._prefixes = generate_prefixes(
+                self.model, self.tok, self.hparams.n_contexts, self.hparams.context_length, generator
+            )
+        return self._prefixes
+
+    def _irrelevant_inputs(self, request: EditRequest) -> list[ScoredInputs]:
+        """x_i of Eq. 5: the request's own irrelevant prompt, and packaged neutral ones."""
+        n_neutral = self.hparams.irrelevant_prompts
+        if request.loc_prompt is None:
+            n_neutral = max(n_neutral, 1)
+        inputs = [] if request.loc_prompt is None else self._score_inputs([request.loc_prompt])
+        neutral = self._neutral_inputs()
+        picked = torch.randperm(len(neutral), generator=self._generator)[:n_neutral]
+        return inputs + [neutral[index] for index in picked.tolist()]
+
+    def _neutral_inputs(self) -> list[ScoredInputs]:
+        if self._neutral is None:
+            self._neutral = [one for text in neutral_prompts() for one in self._score_inputs([text])]
+        return self._neutral
+
+    def _past_inputs(self, memory: int) -> list[ScoredInputs]:
+        """x_m of Appendix B.3: edits that other memories hold, drawn anew for every edit."""
+        others = [h.request.prompt for h in self.held if h.memory != memory]
+        picked = torch.randperm(len(others), generator=self._generator)[:_PAST_EDITS_REPLAYED]
+        return self._score_inputs([others[index] for index in picked.tolist()])
+
+    # -- thresholds ---------------------------------------------------------------------------
+
+    def _threshold(self, state: MemoryState, memory: int) -> float:
+        """epsilon of a memory from the scores, under its present dW, of what it holds and of what it must not answer."""
+        edits = self._edit_scores(state.delta_weight, memory)
+        if not edits:
+            return state.epsilon
+        if self.hparams.act_ratio is not None:
+            return minimum_threshold(edits, self.hparams.act_ratio)
+        with self._main_memory_only():
+            own = [
+                h.request.loc_prompt for h in self.held if h.memory == memory and h.request.loc_prompt is not None
+            ]
+            irrelevant = [*self._neutral_inputs(), *self._score_inputs(own)]
+        scores = [s for inputs in irrelevant for s in inputs.scores(state.delta_weight, self.hparams).tolist()]
+        return calibrated_threshold(edits, scores, self.hparams.epsilon_position)
+
+    def _edit_scores(self, delta_weight: Tensor, memory: int) -> list[float]:
+        mine = [h for h in self.held if h.memory == memory]
+        stored = [h.prompt for h in mine if h.prompt is not None]
+        with self._main_memory_only():
+            inputs = stored + self._score_inputs([h.request.prompt for h in mine if h.prompt is None])
+        return [score for one in inputs for score in one.scores(delta_weight, self.hparams).tolist()]
+
+    def _score_inputs(self, prompts: Sequence[str]) -> list[ScoredInputs]:
+        """Prompts as the router sees them, in batches; call it with the side memories off."""
+        inputs = []
+        for start in range(0, len(prompts), _SCORING_BATCH):
+            texts = list(prompts[start : start + _SCORING_BATCH])
+            if self.hparams.use_chat_template:
+                texts = [as_chat(self.tok, text) for text in texts]
+            batch = prompt_batch(self.tok, texts, self._device())
+            with torch.no_grad():
+                activations = layer_input_of(self.model, self.layer, batch.model_inputs())
+                base = self._base_output(activations, compute=True)
+            inputs.append(ScoredInputs(activations, batch.prompt_mask, base))
+        return inputs
+
+    def _base_output(self, value: Tensor, compute: bool = False) -> Tensor | None:
+        """W_v a, kept only where EasyEdit's score needs it."""
+        if self.hparams.score_activation is None:
+            return None
+        return self.layer.base_layer(value) if compute else value
+
+    # -- the model ----------------------------------------------------------------------------
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @contextmanager
+    def _main_memory_only(self) -> Iterator[None]:
+        """The model as it was before any edit, in eval mode; both are put back afterwards."""
+        in_training = [module for module in self.model.modules() if module.training]
+        was_disabled = self.layer._disable_adapters
+        self.model.eval()
+        self.layer._disable_adapters = True
+        try:
+            yield
+        finally:
+            self.layer._disable_adapters = was_disabled
+            for module in in_training:
+                module.training = True

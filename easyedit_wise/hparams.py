@@ -1,0 +1,307 @@
+"""WISEHyperParams: EasyEdit's dataclass and YAML format for WISE, validated.
+
+EasyEdit's own WISE files load unmodified. Keys that only this package knows have
+defaults, so a file may hold either set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .merging import MERGE_METHODS
+from .routing import POOLINGS
+
+OBJECTIVES = ("only_label", "prompt_and_label")
+OPTIMIZERS = ("sgd", "adam")
+
+
+@dataclass
+class WISEHyperParams:
+    """Settings of WISE. Names follow EasyEdit's YAML keys; the paper's symbols are given in brackets.
+
+    Where the paper and EasyEdit's code differ, the default is the paper's and the field says so.
+
+    Raises:
+        ValueError: a value is outside its range; the message names the value, the limit and the cure.
+    """
+
+    # What to edit
+    inner_params: list[str]
+    """Exactly one value matrix, e.g. ``model.layers[27].mlp.down_proj.weight``."""
+    model_name: str = ""
+    alg_name: str = "WISE"
+    device: Any = None
+    """Read by EasyEdit only; here the device is where the edited layer's weight lies."""
+
+    # Training of one edit
+    edit_lr: float = 1.0
+    n_iter: int = 70
+    optimizer: str = "sgd"
+    """"sgd" (the paper's) or "adam"."""
+    weight_decay: float = 0.0
+    """Decay of dW inside the mask. EasyEdit decays the whole matrix by 1e-5, outside the mask too; the paper
+    has none."""
+    norm_constraint: float | None = 1.0
+    """Elementwise limit on |dW|; None switches it off."""
+    objective_optimization: str = "only_label"
+    first_token_weight: float = 1.0
+    """Weight of the first target token in L_edit; it decides whether generation starts to say the fact."""
+    early_stop_loss: float = 0.02
+    early_stop_change: float = 1e-4
+
+    # Routing (Eq. 3, 5, 6)
+    alpha: float = 5.0
+    beta: float = 20.0
+    gamma: float = 10.0
+    act_ratio: float | None = None
+    """None: epsilon is calibrated from the edits' and irrelevant prompts' own scores. A number:
+    epsilon = act_ratio * min over the edits (1.0 is the paper's rule, EasyEdit's files tune it per model)."""
+    epsilon_position: float = 0.5
+    """Where in the gap between irrelevant prompts (0) and edits (1) a calibrated epsilon lies."""
+    pooling: str = "mean"
+    score_activation: str | None = None
+    """None: Eq. 3. A name such as "silu": EasyEdit's variant, which applies it to both outputs first."""
+    margin_over_violated: bool = False
+    """True: EasyEdit's variant of Eq. 5, averaged over violated samples only."""
+
+    # Sharding and merging
+    mask_ratio: float = 0.2
+    """rho"""
+    save_freq: int | None = 500
+    """Edits a shard; merge_freq / save_freq is k."""
+    merge_freq: int = 1000
+    merge_alg: str = "ties"
+    densities: float | None = 0.53
+    weights: float | None = 1.0
+    """lambda: each of the k shards weighs weights / k (cancels in operators that take a mean)."""
+    retrieve: bool = False
+    """False: WISE-Merge, one side memory. True: WISE-Retrieve, a new side memory at every merge."""
+    irrelevant_prompts: int = 0
+    """Packaged neutral prompts that join the request's own x_i in Eq. 5; a request without one gets at least one."""
+    replay: bool = False
+    """Appendix B.3: keep the memory in training quiet on edits that other memories hold."""
+    rehearsal: float = 0.0
+    """Weight c of the rehearsal loss on the shard's earlier edits; 0 switches it off (the paper has none)."""
+
+    # Prefix augmentation
+    n_contexts: int = 10
+    context_length: int = 10
+    use_chat_template: bool = False
+
+    # The rest of EasyEdit's keys
+    seed: int = 42
+    batch_size: int = 1
+    max_length: int = 30
+    model_parallel: bool = False
+    fp16: bool = False
+    save_path: str | None = None
+    load_path: str | None = None
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @property
+    def n_shards(self) -> int:
+        """k: how many shards one merge folds together."""
+        return self.merge_freq // (self.save_freq or self.merge_freq)
+
+    def validate(self) -> None:
+        """Check every field.
+
+        Raises:
+            ValueError: naming the first value that does not fit, the limit and the cure.
+        """
+        _check_inner_params(self.inner_params)
+        if self.alg_name != "WISE":
+            raise ValueError(f"alg_name is {self.alg_name!r}: these settings are WISE's, so it must be 'WISE'.")
+        if not _is_number(self.mask_ratio) or not 0.0 < self.mask_ratio <= 1.0:
+            raise ValueError(
+                f"mask_ratio (rho) is {self.mask_ratio!r}, outside (0, 1]: it is the share of the side memory "
+                "that one shard may change; the paper uses 0.2."
+            )
+        for name in ("alpha", "beta", "gamma"):
+            value = getattr(self, name)
+            if not _is_number(value) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} is {value!r}: the margins of Eq. 5 are finite numbers of at least 0.")
+        if self.beta <= self.alpha:
+            raise ValueError(
+                f"beta ({self.beta}) must be greater than alpha ({self.alpha}): edits must score above beta and "
+                "irrelevant prompts below alpha; the paper uses act_margin: [5.0, 20.0, 10.0]."
+            )
+        _check_positive_int("n_iter", self.n_iter)
+        _check_positive_int("merge_freq", self.merge_freq)
+        if self.save_freq is not None:
+            _check_positive_int("save_freq", self.save_freq)
+            if self.merge_freq % self.save_freq:
+                lower = max(self.save_freq, self.merge_freq // self.save_freq * self.save_freq)
+                raise ValueError(
+                    f"merge_freq ({self.merge_freq}) must be a multiple of save_freq ({self.save_freq}), since a "
+                    f"merge folds whole shards: set it to {lower} or {lower + self.save_freq}, for instance."
+                )
+        _check_choice("merge_alg", self.merge_alg, tuple(MERGE_METHODS))
+        _check_choice("objective_optimization", self.objective_optimization, OBJECTIVES)
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_choice("pooling", self.pooling, POOLINGS)
+        for name in ("edit_lr", "first_token_weight"):
+            value = getattr(self, name)
+            if not _is_number(value) or not math.isfinite(value) or value <= 0:
+                raise ValueError(f"{name} is {value!r}: it must be a finite number greater than 0.")
+        for name in ("weight_decay", "rehearsal", "early_stop_loss", "early_stop_change"):
+            value = getattr(self, name)
+            if not _is_number(value) or not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} is {value!r}: it must be a finite number of at least 0.")
+        for name in ("norm_constraint", "act_ratio", "weights"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or not value > 0):
+                raise ValueError(f"{name} is {value!r}: it must be greater than 0, or null to switch it off.")
+        if self.densities is not None and (not _is_number(self.densities) or not 0.0 < self.densities <= 1.0):
+            raise ValueError(
+                f"densities is {self.densities!r}, outside (0, 1]: it is the share of each shard that TIES keeps."
+            )
+        if not _is_number(self.epsilon_position) or not 0.0 <= self.epsilon_position <= 1.0:
+            raise ValueError(f"epsilon_position is {self.epsilon_position!r}, outside [0, 1].")
+        if self.score_activation is not None:
+            from transformers.activations import ACT2FN
+
+            _check_choice("score_activation", self.score_activation, tuple(ACT2FN))
+        for name in ("n_contexts", "irrelevant_prompts"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} is {value!r}: it must be a whole number, 0 (none) or more.")
+        _check_positive_int("context_length", self.context_length)
+        _check_positive_int("batch_size", self.batch_size)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> WISEHyperParams:
+        """From the mapping of a YAML file, with EasyEdit's ``act_margin: [alpha, beta, gamma]``.
+
+        Raises:
+            ValueError: an unknown key (the nearest known one is named), or a value out of range.
+        """
+        values = {key: _number_from_scientific_notation(value) for key, value in config.items()}
+        if "act_margin" in values:
+            margin = values.pop("act_margin")
+            if not isinstance(margin, (list, tuple)) or len(margin) != 3 or not all(map(_is_number, margin)):
+                raise ValueError(
+                    f"act_margin is {margin!r}: it must be three numbers [alpha, beta, gamma], "
+                    "for instance [5.0, 20.0, 10.0] as in the paper."
+                )
+            values["alpha"], values["beta"], values["gamma"] = map(float, margin)
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = [key for key in values if key not in known]
+        if unknown:
+            raise ValueError(
+                f"unknown WISE setting {unknown[0]!r}{_nearest(unknown[0], (*known, 'act_margin'))} "
+                f"Known settings: {', '.join(sorted(known | {'act_margin'}))}."
+            )
+        if "inner_params" not in values:
+            raise ValueError(
+                "inner_params is missing: name the value matrix to edit, "
+                "for instance inner_params: [model.layers[27].mlp.down_proj.weight]."
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_hparams(cls, hparams_name_or_path: str | Path) -> WISEHyperParams:
+        """From a YAML file, or from the name of a packaged one such as ``"llama-7b"``.
+
+        The ending ``.yaml`` may be left out, as in EasyEdit. A file on disk goes before a packaged one.
+
+        Raises:
+            FileNotFoundError: neither a file nor a packaged name; the packaged names are listed.
+            ValueError: the file is not a mapping or holds a value that does not fit.
+        """
+        name = str(hparams_name_or_path)
+        path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+        if path.exists():
+            text = path.read_text(encoding="utf-8")
+        else:
+            packaged = resources.files("easyedit_wise") / "data" / "hparams" / "WISE" / path.name
+            if not packaged.is_file():
+                names = packaged_hparams()
+                raise FileNotFoundError(
+                    f"{path} does not exist and no packaged settings are called {path.stem!r}"
+                    f"{_nearest(path.stem, names)} Packaged: {', '.join(names)}."
+                )
+            text = packaged.read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} does not hold settings: expected 'key: value' lines.")
+        return cls.from_dict(config)
+
+    @classmethod
+    def from_any(cls, hparams: Any) -> WISEHyperParams:
+        """From our own, a mapping, or another host's WISE settings object (EasyEdit's dataclass).
+
+        Raises:
+            ValueError: a value out of range.
+        """
+        if isinstance(hparams, cls):
+            hparams.validate()  # EasyEdit and users assign to fields after construction
+            return hparams
+        if isinstance(hparams, Mapping):
+            return cls.from_dict(hparams)
+        known = {field.name for field in dataclasses.fields(cls)}
+        # Another host's object may carry fields of its own (generation settings, API keys): they are not ours.
+        return cls.from_dict({key: value for key, value in vars(hparams).items() if key in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values, for a JSON file beside results."""
+        return dataclasses.asdict(self)
+
+
+def packaged_hparams() -> list[str]:
+    """Names that :meth:`WISEHyperParams.from_hparams` finds without a path."""
+    folder = resources.files("easyedit_wise") / "data" / "hparams" / "WISE"
+    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _number_from_scientific_notation(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-4`` as text; EasyEdit turns such text into a number, and so must we."""
+    if isinstance(value, str) and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f": did you mean {match[0]!r}?" if match else "."
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}{_nearest(str(value), choices)} Choose from: {', '.join(choices)}.")
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1.")
+
+
+def _check_inner_params(inner_params: Any) -> None:
+    if isinstance(inner_params, str) or not isinstance(inner_params, (list, tuple)) or not inner_params:
+        raise ValueError(
+            f"inner_params is {inner_params!r}: it must be a list with the one value matrix to edit, "
+            "for instance [model.layers[27].mlp.down_proj.weight]."
+        )
+    if len(inner_params) > 1:
+        raise ValueError(
+            f"inner_params names {len(inner_params)} matrices ({', '.join(map(str, inner_params))}): WISE edits "
+            "exactly one, so keep the one in the middle-to-late layer."
+        )

@@ -1,0 +1,146 @@
+"""Memory routing: which memory answers a query (WISE, Section 2.3.1).
+
+Pure functions of tensors. Notation: a = A(x) is the input of the edited value
+matrix, dW = W_v' - W_v the side memory as a difference, B sequences of T tokens,
+M side memories. Scores have the unit of the layer's output norm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAIN_MEMORY = -1
+POOLINGS = ("mean", "max", "last")
+
+
+def routing_activation(activations: Tensor, delta_weight: Tensor) -> Tensor:
+    """Eq. 3 for every token: Delta_act(x) = || A(x) (W_v' - W_v) ||_2.
+
+    Args:
+        activations: A(x), shape (..., d_in).
+        delta_weight: dW, shape (d_out, d_in).
+
+    Returns:
+        Shape (...): one non-negative score per token.
+    """
+    return F.linear(activations, delta_weight).norm(dim=-1)
+
+
+def upstream_activation(base_output: Tensor, side_output: Tensor, hidden_act: str) -> Tensor:
+    """EasyEdit's variant of Eq. 3: || act(W_v' a) - act(W_v a) ||_2 with the model's own activation.
+
+    Args:
+        base_output: W_v a, shape (..., d_out).
+        side_output: W_v' a, shape (..., d_out).
+        hidden_act: a name known to ``transformers.activations.ACT2FN``.
+
+    Returns:
+        Shape (...).
+    """
+    from transformers.activations import ACT2FN
+
+    act = ACT2FN[hidden_act]
+    return (act(side_output) - act(base_output)).norm(dim=-1)
+
+
+def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = "mean") -> Tensor:
+    """One score per sequence from its tokens' scores; padding never counts.
+
+    Args:
+        token_scores: shape (B, T).
+        token_mask: shape (B, T), True (or non-zero) where a token is real; None means all are.
+        pooling: "mean" (the paper's code), "max", or "last" (the last real token).
+
+    Returns:
+        Shape (B,). A sequence without any real token scores 0.
+
+    Raises:
+        ValueError: an unknown pooling.
+    """
+    if token_mask is None:
+        token_mask = torch.ones_like(token_scores, dtype=torch.bool)
+    mask = token_mask.to(dtype=torch.bool)
+    if pooling == "mean":
+        kept = torch.where(mask, token_scores, torch.zeros_like(token_scores))
+        return kept.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
+    if pooling == "max":
+        # Norms are non-negative, so zero is a neutral filling.
+        return torch.where(mask, token_scores, torch.zeros_like(token_scores)).amax(dim=-1)
+    if pooling == "last":
+        positions = torch.arange(mask.shape[-1], device=mask.device)
+        last = torch.where(mask, positions, torch.zeros_like(positions)).amax(dim=-1, keepdim=True)
+        picked = token_scores.gather(-1, last).squeeze(-1)
+        return torch.where(mask.any(dim=-1), picked, torch.zeros_like(picked))
+    raise ValueError(f"pooling={pooling!r} is not known: choose one of {', '.join(POOLINGS)}.")
+
+
+def choose_memory(scores: Tensor, epsilon: Tensor) -> Tensor:
+    """Eq. 6 for several memories: the most active one among those above their own threshold.
+
+    Args:
+        scores: shape (B, M).
+        epsilon: shape (M,), the threshold of each memory.
+
+    Returns:
+        Shape (B,), int64: the index of the chosen side memory, or ``MAIN_MEMORY`` (-1).
+    """
+    if scores.shape[-1] == 0:
+        return torch.full(scores.shape[:-1], MAIN_MEMORY, dtype=torch.long, device=scores.device)
+    eligible = torch.where(scores > epsilon, scores, torch.full_like(scores, -math.inf))
+    best, choice = eligible.max(dim=-1)
+    return torch.where(best == -math.inf, torch.full_like(choice, MAIN_MEMORY), choice)
+
+
+def minimum_threshold(edit_scores: Sequence[float], act_ratio: float = 1.0) -> float:
+    """The paper's threshold: epsilon = min over the edits of Delta_act(x_e), times EasyEdit's ``act_ratio``.
+
+    The paper has no ratio (1.0); EasyEdit's YAML files have one that is tuned per model.
+
+    Raises:
+        ValueError: there is no edit score.
+    """
+    if not len(edit_scores):
+        raise ValueError("epsilon is a minimum over the edits' scores, and there is none: edit first.")
+    return float(act_ratio) * float(min(edit_scores))
+
+
+def calibrated_threshold(
+    edit_scores: Sequence[float], irrelevant_scores: Sequence[float], position: float = 0.5
+) -> float:
+    """A threshold nobody tunes: between what irrelevant prompts score and what the edits score.
+
+    With separated scores epsilon = max(irrelevant) + position * (min(edits) - max(irrelevant)).
+    Where they overlap, it is the threshold with the fewest errors, each side weighted by its own
+    count (the maximum of Youden's J), so one odd prompt does not move it far.
+
+    Args:
+        edit_scores: Delta_act(x_e) of the edits' prompts.
+        irrelevant_scores: Delta_act(x_i) of irrelevant prompts.
+        position: 0 sits on the irrelevant side of the gap, 1 on the edits' side.
+
+    Raises:
+        ValueError: there is no edit score, or position is outside [0, 1].
+    """
+    if not 0.0 <= position <= 1.0:
+        raise ValueError(f"position={position} is outside [0, 1]: 0 is the irrelevant side of the gap.")
+    if not len(edit_scores):
+        raise ValueError("epsilon separates edits from irrelevant prompts, and there is no edit: edit first.")
+    edits = sorted(float(score) for score in edit_scores)
+    irrelevant = sorted(float(score) for score in irrelevant_scores) or [0.0]
+    if irrelevant[-1] < edits[0]:
+        return irrelevant[-1] + position * (edits[0] - irrelevant[-1])
+    levels = sorted({*edits, *irrelevant})
+    candidates = [levels[0] / 2, *((low + high) / 2 for low, high in zip(levels, levels[1:], strict=False))]
+
+    def separation(threshold: float) -> float:
+        fired = sum(score > threshold for score in edits) / len(edits)
+        false_fires = sum(score > threshold for score in irrelevant) / len(irrelevant)
+        return fired - false_fires
+
+    # Ties go to the lower threshold: an edit that does not fire is an edit that was lost.
+    return max(candidates, key=lambda threshold: (separation(threshold), -threshold))

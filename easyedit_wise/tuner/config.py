@@ -1,0 +1,81 @@
+"""Configuration of the WISE tuner."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from peft.config import PeftConfig
+
+from ..routing import POOLINGS
+
+MEMORY_STAGES = ("live", "shard", "merged")
+
+
+class WisePeftType(str, enum.Enum):
+    """PEFT's type key for WISE. PEFT's own enum is not patched (see ``registration``)."""
+
+    WISE = "WISE"
+
+
+@dataclass
+class WiseConfig(PeftConfig):
+    """What an adapter of WISE is: where it sits and how it routes.
+
+    Args:
+        target_modules: the value matrix to attach to, by name, as in any PEFT config. In WISE one
+            layer, e.g. ``["model.layers.27.mlp.down_proj"]``.
+        exclude_modules: names to leave out.
+        layers_to_transform: layer indices, if ``target_modules`` names a module of every layer.
+        layers_pattern: name of the layer list for ``layers_to_transform``.
+        modules_to_save: further modules to train and save whole.
+        mask_ratio: rho, the share of the matrix that one shard may change.
+        seed: seed of the live shard's mask.
+        pooling: how a sequence's score is pooled over its tokens ("mean", "max", "last").
+        score_activation: None for Eq. 3; a name such as "silu" for EasyEdit's variant.
+        memories: the stage of each side memory, in order ("live", "shard", "merged"). Kept
+            up to date by the layer, so that a saved adapter can be rebuilt before its weights load.
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the value matrix that the side memory is attached to."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names to leave out."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers, if target_modules names a module of each."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that layers_to_transform counts."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save whole."}
+    )
+    mask_ratio: float = field(default=0.2, metadata={"help": "rho: share of the matrix a shard may change."})
+    seed: int = field(default=42, metadata={"help": "Seed of the live shard's mask."})
+    pooling: str = field(default="mean", metadata={"help": "Pooling of the score over a sequence's tokens."})
+    score_activation: str | None = field(
+        default=None, metadata={"help": "None: Eq. 3. A name: EasyEdit's variant with that activation."}
+    )
+    memories: list[str] = field(
+        default_factory=lambda: ["live"], metadata={"help": "Stage of each side memory, in order."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = WisePeftType.WISE
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if not 0.0 < self.mask_ratio <= 1.0:
+            raise ValueError(
+                f"mask_ratio (rho) is {self.mask_ratio}, outside (0, 1]: it is the share of the side memory that one "
+                "shard may change; the paper uses 0.2."
+            )
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling is {self.pooling!r}: choose one of {', '.join(POOLINGS)}.")
+        unknown = [stage for stage in self.memories if stage not in MEMORY_STAGES]
+        if unknown:
+            raise ValueError(
+                f"memories holds the stage {unknown[0]!r}: a side memory is one of {', '.join(MEMORY_STAGES)}."
+            )

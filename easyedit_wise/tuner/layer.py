@@ -1,0 +1,234 @@
+"""The WISE layer: main memory, side memories, and the router between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import Tensor, nn
+
+from ..routing import MAIN_MEMORY, choose_memory, pool, upstream_activation
+from ..sharding import random_mask
+from .config import WiseConfig
+from .memory import LIVE, MemoryState, SideMemory
+from .scope import Route, RoutingScope
+
+
+class WiseLayer(nn.Module, BaseTunerLayer):
+    """Wraps one value matrix W_v (Eq. 2) with side memories dW = W_v' - W_v (Eq. 6).
+
+    The main memory is the untouched base layer: it is called, never read, so quantised, Conv1D and
+    hooked layers work as they are, and what is not routed equals the base model bit for bit.
+
+    Attributes:
+        wisemem_memories: side memories of each adapter, in the order in which they were made.
+        routing_scope: shared by the layers of one model; knows padding and what a call continues.
+        last_route: the decision of the last prefill, or None.
+        edit_stream: whoever edits this layer keeps its state here, so that it lives and dies with it.
+            The tuner does not look into it.
+    """
+
+    # PEFT names its adapter parameters by prefix and matches it as a substring; "wise_" is part of
+    # "pointwise_", "depthwise_" and "elementwise_".
+    adapter_layer_names = ("wisemem_memories",)
+    other_param_names = ("wisemem_config",)
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: WiseConfig, routing_scope: RoutingScope
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.wisemem_memories = nn.ModuleDict({})
+        self.wisemem_config: dict[str, WiseConfig] = {}
+        self.routing_scope = routing_scope
+        self.last_route: Route | None = None
+        self.edit_stream: Any = None
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        if in_features is None or out_features is None:
+            raise TypeError(
+                f"{type(base_layer).__name__} is not a linear map: a side memory needs one, such as mlp.down_proj."
+            )
+        self.in_features, self.out_features = in_features, out_features
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    # -- memories ---------------------------------------------------------------------------
+
+    def update_layer(self, adapter_name: str, config: WiseConfig, inference_mode: bool = False) -> None:
+        """Give ``adapter_name`` the side memories that ``config.memories`` lists, all of them still zero."""
+        base_device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        device = base_device if base_device is not None else torch.device("cpu")
+        generator = torch.Generator().manual_seed(config.seed)
+        states = [self._empty_state(stage, config, generator, device) for stage in config.memories]
+        self.wisemem_config[adapter_name] = config
+        self.wisemem_memories[adapter_name] = nn.ModuleList(map(SideMemory, states))
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _empty_state(
+        self, stage: str, config: WiseConfig, generator: torch.Generator, device: torch.device
+    ) -> MemoryState:
+        shape = (self.out_features, self.in_features)
+        mask = random_mask(shape, config.mask_ratio, generator).to(device) if stage == LIVE else None
+        # epsilon 0: a memory that was never calibrated answers as soon as it holds anything.
+        return MemoryState(stage, torch.zeros(shape, dtype=torch.float32, device=device), mask, 0.0, 0)
+
+    def memories(self, adapter_name: str) -> list[MemoryState]:
+        """The side memories of an adapter, in order, sharing their tensors."""
+        return [memory.state() for memory in self._side_memories(adapter_name)]
+
+    def install(self, adapter_name: str, states: Sequence[MemoryState]) -> None:
+        """Replace the side memories of an adapter at once. The old states' tensors are not written to."""
+        trained = any(p.requires_grad for p in self.wisemem_memories[adapter_name].parameters())
+        replacement = nn.ModuleList(map(SideMemory, states))
+        replacement.requires_grad_(trained)
+        self.wisemem_memories[adapter_name] = replacement
+        self.wisemem_config[adapter_name].memories = [state.stage for state in states]
+        self.last_route = None
+
+    def _side_memories(self, adapter_name: str) -> list[SideMemory]:
+        return list(self.wisemem_memories[adapter_name])  # type: ignore[arg-type]
+
+    def _active_memories(self) -> list[tuple[str, SideMemory, WiseConfig]]:
+        return [
+            (f"{name}/{index}", memory, self.wisemem_config[name])
+            for name in self.active_adapters
+            if name in self.wisemem_memories
+            for index, memory in enumerate(self._side_memories(name))
+        ]
+
+    # -- forward ----------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """W_v a for what stays in the main memory, W_v a + dW a for what a side memory answers.
+
+        Args:
+            x: a = A(x), shape (B, T, d_in), or (B, d_in) for sequences of one token.
+
+        Returns:
+            Shape (B, T, d_out) or (B, d_out), in the base layer's dtype.
+        """
+        base_output = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
+            return base_output
+        memories = self._active_memories()
+        if not memories:
+            return base_output
+        flat = x.dim() == 2
+        sequences, result = (x.unsqueeze(1), base_output.unsqueeze(1)) if flat else (x, base_output)
+        trained = self._memory_in_training(memories)
+        if trained is not None:
+            result = result + self._product(sequences, trained.delta_weight * trained.mask).to(result.dtype)
+        else:
+            result = self._routed(sequences, result, memories)
+        return result.squeeze(1) if flat else result
+
+    def _memory_in_training(self, memories: list[tuple[str, SideMemory, WiseConfig]]) -> SideMemory | None:
+        """Under ``model.train()`` the live memory answers everything: a routed-away row has no gradient."""
+        if not self.training:
+            return None
+        return next((m for _, m, _ in memories if m.stage == LIVE and m.delta_weight.requires_grad), None)
+
+    def _product(self, x: Tensor, delta_weight: Tensor) -> Tensor:
+        return F.linear(self._cast_input_dtype(x, delta_weight.dtype), delta_weight)
+
+    def _routed(
+        self, x: Tensor, base_output: Tensor, memories: list[tuple[str, SideMemory, WiseConfig]]
+    ) -> Tensor:
+        names = tuple(name for name, _, _ in memories)
+        held = self.routing_scope.held_route(self, x.shape[0])
+        if held is not None and held.memories == names:
+            return self._follow(held, x, base_output, memories)
+        return self._decide(x, base_output, memories, names)
+
+    def _follow(
+        self,
+        route: Route,
+        x: Tensor,
+        base_output: Tensor,
+        memories: list[tuple[str, SideMemory, WiseConfig]],
+    ) -> Tensor:
+        """Apply a decision made at prefill: unrouted rows cost nothing."""
+        result = base_output
+        for index in route.active:
+            product = self._product(x, memories[index][1].delta_weight).to(result.dtype)
+            routed = (route.choice == index).to(result.device)[:, None, None]
+            result = torch.where(routed, base_output + product, result)
+        return result
+
+    def _decide(
+        self,
+        x: Tensor,
+        base_output: Tensor,
+        memories: list[tuple[str, SideMemory, WiseConfig]],
+        names: tuple[str, ...],
+    ) -> Tensor:
+        """Score every memory (Eq. 3), choose per sequence (Eq. 6), and keep the decision for decoding."""
+        token_mask = self.routing_scope.token_mask(x.shape[0], x.shape[1], x.device)
+        epsilon = torch.stack([memory.epsilon.to(x.device) for _, memory, _ in memories])
+        scores: list[Tensor] = []
+        chosen = base_output
+        best = torch.full((x.shape[0],), -torch.inf, device=x.device)
+        for index, (_, memory, config) in enumerate(memories):
+            product = self._product(x, memory.delta_weight)
+            score = self._score(product, base_output, token_mask, config)
+            scores.append(score)
+            better = (score > epsilon[index]) & (score > best)
+            best = torch.where(better, score, best)
+            chosen = torch.where(better[:, None, None], base_output + product.to(base_output.dtype), chosen)
+        stacked = torch.stack(scores, dim=-1).detach()
+        route = Route(choose_memory(stacked, epsilon), stacked, epsilon, names)
+        self.last_route = route
+        self.routing_scope.hold(self, route)
+        return chosen if route.active else base_output
+
+    def _score(
+        self, product: Tensor, base_output: Tensor, token_mask: Tensor | None, config: WiseConfig
+    ) -> Tensor:
+        if config.score_activation is None:
+            token_scores = product.norm(dim=-1)
+        else:
+            base = base_output.to(product.dtype)
+            token_scores = upstream_activation(base, base + product, config.score_activation)
+        return pool(token_scores.float(), token_mask, config.pooling)
+
+    # -- the rest of PEFT's contract ----------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """dW of an adapter with exactly one side memory, shape (d_out, d_in).
+
+        Raises:
+            ValueError: the adapter has several memories, so that no single difference stands for it.
+        """
+        memories = self._side_memories(adapter)
+        if len(memories) != 1:
+            raise ValueError(f"adapter {adapter!r} has {len(memories)} side memories: use memories({adapter!r}).")
+        return memories[0].delta_weight
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not possible: whether the side memory answers depends on the query.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "a routed memory cannot be merged into the base weight, it would answer every query: keep the adapter, "
+            "or take it off with unload()."
+        )
+
+    def unmerge(self) -> None:
+        """Nothing was merged, so there is nothing to do."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: a routed memory is not a fixed low-rank update."""
+        return False
+
+    def __repr__(self) -> str:
+        return "wise." + super().__repr__()
+
+
+__all__ = ["MAIN_MEMORY", "MemoryState", "SideMemory", "WiseLayer"]

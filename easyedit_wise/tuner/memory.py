@@ -1,0 +1,79 @@
+"""One side memory: the difference dW = W_v' - W_v of one layer, and how it routes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+LIVE = "live"
+SHARD = "shard"
+MERGED = "merged"
+
+
+@dataclass(frozen=True)
+class MemoryState:
+    """The contents of a side memory. Immutable: an edit installs a new state, so the old one can be put back.
+
+    Attributes:
+        stage: "live" (takes edits), "shard" (closed, waits for the merge) or "merged".
+        delta_weight: dW, shape (d_out, d_in).
+        mask: where a live shard may change, bool, same shape; None for the others.
+        epsilon: the threshold of Eq. 6.
+        n_edits: how many edits it holds.
+    """
+
+    stage: str
+    delta_weight: Tensor
+    mask: Tensor | None
+    epsilon: float
+    n_edits: int
+
+    def with_(self, **changes: Any) -> MemoryState:
+        """A copy with some attributes changed; tensors that are not named are shared."""
+        return replace(self, **changes)
+
+
+class SideMemory(nn.Module):
+    """A :class:`MemoryState` inside the module tree, so that it moves, saves and copies with the model.
+
+    A live memory's dW is a parameter (PEFT trains it); a closed one's is a buffer and stays as it is.
+    """
+
+    delta_weight: Tensor
+    mask: Tensor
+    epsilon: Tensor
+    n_edits: Tensor
+
+    def __init__(self, state: MemoryState) -> None:
+        super().__init__()
+        self.stage = state.stage
+        if state.stage == LIVE:
+            self.delta_weight = nn.Parameter(state.delta_weight, requires_grad=False)
+            if state.mask is None:
+                raise ValueError("a live side memory needs the mask that its edits are confined to.")
+            self.register_buffer("mask", state.mask)
+        else:
+            self.register_buffer("delta_weight", state.delta_weight)
+        device = state.delta_weight.device
+        if device.type == "meta":  # buffers are real even when PEFT builds the layer without memory
+            device = torch.device("cpu")
+        # fp32 whatever the model's dtype: a threshold rounded to bf16 would move edits across it.
+        self.register_buffer("epsilon", torch.tensor(float(state.epsilon), dtype=torch.float32, device=device))
+        self.register_buffer("n_edits", torch.tensor(int(state.n_edits), dtype=torch.int64, device=device))
+
+    def state(self) -> MemoryState:
+        """The contents, sharing the tensors."""
+        return MemoryState(
+            stage=self.stage,
+            delta_weight=self.delta_weight.detach(),
+            mask=self.mask if self.stage == LIVE else None,
+            epsilon=float(self.epsilon),
+            n_edits=int(self.n_edits),
+        )
+
+    def extra_repr(self) -> str:
+        d_out, d_in = self.delta_weight.shape
+        return f"stage={self.stage}, d_in={d_in}, d_out={d_out}, edits={int(self.n_edits)}"

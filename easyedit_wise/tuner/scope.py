@@ -1,0 +1,180 @@
+"""The routing scope: what one call of the top model tells the layer inside it.
+
+The layer sees activations only. Which tokens are padding, and whether a call
+continues a generation whose prompt was routed before, is known at the top. The
+route is decided at prefill and *held*: by the cache that the call fills, so decoding
+with that cache keeps it, and inside ``generate`` also without a cache. Two
+generations that take turns keep apart because each has its own cache.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..routing import MAIN_MEMORY
+
+
+@dataclass
+class Route:
+    """Where each sequence of a call went.
+
+    Attributes:
+        choice: shape (B,), index into ``memories`` or -1 for the main memory.
+        scores: shape (B, M), Delta_act of each memory.
+        epsilon: shape (M,), each memory's threshold.
+        memories: M names, ``adapter/index``.
+        active: indices of the memories that at least one sequence goes to.
+    """
+
+    choice: Tensor
+    scores: Tensor
+    epsilon: Tensor
+    memories: tuple[str, ...]
+    active: tuple[int, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        # One synchronisation here, at prefill, spares one in every decode step.
+        self.active = tuple(index for index in self.choice.unique().tolist() if index != MAIN_MEMORY)
+
+    def expand(self, rows: int) -> Route | None:
+        """The same route for ``rows`` sequences: as it is, or each repeated for its beams.
+
+        Returns:
+            None when ``rows`` is no multiple of the sequences that were routed.
+        """
+        routed = self.choice.shape[0]
+        if rows == routed:
+            return self
+        if routed == 0 or rows % routed:
+            return None
+        repeat = rows // routed
+        return Route(
+            self.choice.repeat_interleave(repeat),
+            self.scores.repeat_interleave(repeat, dim=0),
+            self.epsilon,
+            self.memories,
+        )
+
+    def describe(self, row: int = 0) -> dict[str, Any]:
+        """The route of one sequence in plain values: memory, score, epsilon."""
+        choice = int(self.choice[row])
+        best = choice if choice != MAIN_MEMORY else (int(self.scores[row].argmax()) if self.memories else None)
+        return {
+            "memory": self.memories[choice] if choice != MAIN_MEMORY else "main",
+            "score": None if best is None else float(self.scores[row, best]),
+            "epsilon": None if best is None else float(self.epsilon[best]),
+        }
+
+
+Held = dict[int, Route]
+
+
+class _CallState(threading.local):
+    """State of the call that this thread is in (two threads may serve one model)."""
+
+    token_mask: Tensor | None = None
+    held: Held | None = None
+    decided: Held | None = None
+    generation: Held | None = None
+
+
+class RoutingScope:
+    """Shared by the WISE layers of one model; filled by hooks on the model (see ``hooks``)."""
+
+    def __init__(self) -> None:
+        self._call = _CallState()
+        # Held by identity and weakly: a route lives exactly as long as the cache it belongs to.
+        self._by_cache: weakref.WeakKeyDictionary[Any, Held] = weakref.WeakKeyDictionary()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RoutingScope:
+        # A copied model starts without calls under way.
+        copied = type(self)()
+        memo[id(self)] = copied
+        return copied
+
+    def __reduce__(self) -> tuple[type[RoutingScope], tuple[()]]:
+        return (type(self), ())
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Everything called inside belongs to one generation: its first call decides the route."""
+        outer = self._call.generation
+        self._call.generation = {}
+        try:
+            yield
+        finally:
+            self._call.generation = outer
+
+    def begin(self, attention_mask: Any, cache: Any, n_tokens: int | None) -> None:
+        """A call of the top model starts.
+
+        Args:
+            attention_mask: as given to the model; used where it is 2-D, (B, cached + T).
+            cache: ``past_key_values`` as given, or None.
+            n_tokens: T, the new tokens of this call, if known.
+        """
+        call = self._call
+        call.token_mask = None
+        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+            call.token_mask = attention_mask[:, -n_tokens:] if n_tokens else attention_mask
+        call.decided = {}
+        call.held = None
+        if call.generation:
+            call.held = call.generation
+        elif cache is not None and cache_length(cache) > 0:
+            call.held = self._lookup(cache)
+
+    def end(self, cache: Any) -> None:
+        """The call is over; ``cache`` (if any) now holds its keys and values, so it holds its route, too."""
+        call = self._call
+        decided, call.decided, call.held, call.token_mask = call.decided, None, None, None
+        if not decided:
+            return
+        if call.generation is not None:
+            call.generation.update(decided)
+        if cache is not None:
+            try:
+                self._by_cache[cache] = decided
+            except TypeError:  # a legacy tuple cache cannot be referenced weakly: decided anew at each step
+                return
+
+    def _lookup(self, cache: Any) -> Held | None:
+        try:
+            return self._by_cache.get(cache)
+        except TypeError:
+            return None
+
+    def held_route(self, layer: object, rows: int) -> Route | None:
+        """The route that this call continues, for ``rows`` sequences, or None: decide."""
+        held = self._call.held
+        route = held.get(id(layer)) if held else None
+        return route.expand(rows) if route is not None else None
+
+    def hold(self, layer: object, route: Route) -> None:
+        """Keep a decision for the calls that continue this one."""
+        if self._call.decided is not None:
+            self._call.decided[id(layer)] = route
+
+    def token_mask(self, rows: int, n_tokens: int, device: torch.device) -> Tensor | None:
+        """Which of the layer's tokens are real, shape (rows, n_tokens), or None: all of them."""
+        mask = self._call.token_mask
+        if mask is None or mask.shape != (rows, n_tokens):
+            return None
+        return mask.to(device)
+
+
+def cache_length(cache: Any) -> int:
+    """Tokens that a key-value cache holds: a transformers ``Cache`` or a legacy tuple."""
+    if hasattr(cache, "get_seq_length"):
+        return int(cache.get_seq_length())
+    if isinstance(cache, (tuple, list)) and cache and cache[0] is not None:
+        return int(cache[0][0].shape[-2])
+    return 0
