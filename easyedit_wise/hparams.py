@@ -21,7 +21,7 @@ from .merging import MERGE_METHODS
 from .routing import POOLINGS
 
 OBJECTIVES = ("only_label", "prompt_and_label")
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam", "normalized")
 
 
 @dataclass
@@ -46,7 +46,7 @@ class WISEHyperParams:
     edit_lr: float = 1.0
     n_iter: int = 70
     optimizer: str = "sgd"
-    """"sgd" (the paper's) or "adam"."""
+    """"sgd" (the paper's), "adam", or "normalized": Adam with one second moment for the whole matrix."""
     weight_decay: float = 0.0
     """Decay of dW inside the mask. EasyEdit decays the whole matrix by 1e-5, outside the mask too; the paper
     has none."""
@@ -95,6 +95,8 @@ class WISEHyperParams:
     # Prefix augmentation
     n_contexts: int = 10
     context_length: int = 10
+    contexts_per_step: int | None = None
+    """Contexts of one iteration, the plain prompt among them; the iterations take turns. None: all of them."""
     use_chat_template: bool = False
 
     # The rest of EasyEdit's keys
@@ -177,6 +179,8 @@ class WISEHyperParams:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} is {value!r}: it must be a whole number, 0 (none) or more.")
+        if self.contexts_per_step is not None:
+            _check_positive_int("contexts_per_step", self.contexts_per_step)
         _check_positive_int("context_length", self.context_length)
         _check_positive_int("batch_size", self.batch_size)
 

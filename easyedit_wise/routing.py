@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -135,7 +136,7 @@ def calibrated_threshold(
     if irrelevant[-1] < edits[0]:
         return irrelevant[-1] + position * (edits[0] - irrelevant[-1])
     levels = sorted({*edits, *irrelevant})
-    candidates = [levels[0] / 2, *((low + high) / 2 for low, high in zip(levels, levels[1:], strict=False))]
+    candidates = [levels[0] / 2, *((low + high) / 2 for low, high in pairwise(levels))]
 
     def separation(threshold: float) -> float:
         fired = sum(score > threshold for score in edits) / len(edits)

@@ -47,9 +47,21 @@ def generate_prefixes(
     return [text or str(tok.decode(row[-1:])) for text, row in zip(texts, ids, strict=True)]
 
 
-def in_contexts(prompt: str, prefixes: Sequence[str]) -> list[str]:
-    """The plain prompt, then the prompt behind each prefix."""
-    return [prompt, *(f"{prefix}. {prompt}" for prefix in prefixes)]
+def context_groups(prompt: str, prefixes: Sequence[str], group_size: int | None = None) -> list[list[str]]:
+    """The plain prompt and the prompt behind each prefix, in groups that all begin with the plain prompt.
+
+    Args:
+        prompt: x_e.
+        prefixes: what to put before it.
+        group_size: texts in one group; None for a single group of them all.
+    """
+    augmented = [f"{prefix}. {prompt}" for prefix in prefixes]
+    if group_size is None or group_size > len(augmented):
+        return [[prompt, *augmented]]
+    if group_size == 1:
+        return [[prompt], *([text] for text in augmented)]
+    step = group_size - 1
+    return [[prompt, *augmented[start : start + step]] for start in range(0, len(augmented), step)]
 
 
 def as_chat(tok: Any, prompt: str) -> str:

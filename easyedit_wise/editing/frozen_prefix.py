@@ -45,8 +45,10 @@ class FrozenPrefix:
         self._layer = layer
         self._inputs = dict(inputs)
         self._recorded = recorded
-        self.layer_input = layer_input
-        self.layer_output = layer_output
+        # Some models (OPT) hand their FFN a flat list of tokens: (B * T, d).
+        self._native_shape = layer_output.shape
+        self.layer_input = _as_sequences(layer_input, inputs)
+        self.layer_output = _as_sequences(layer_output, inputs)
 
     @classmethod
     @torch.no_grad()
@@ -69,9 +71,7 @@ class FrozenPrefix:
                 f"the layer to edit ran {recorder.n_reached} times in one forward of the model, but exactly once is "
                 "needed: choose a layer of the decoder stack."
             )
-        return cls(
-            model, layer, inputs, recorder.finished_for_good(), recorder.layer_input, recorder.layer_output
-        )
+        return cls(model, layer, inputs, recorder.finished_for_good(), recorder.layer_input, recorder.layer_output)
 
     def replay(self, layer_output: Tensor, positions: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """The model's logits with ``layer_output`` in place of the layer's own output.
@@ -83,7 +83,7 @@ class FrozenPrefix:
         Returns:
             Logits, shape (B, T, V), or (N, V) at ``positions``.
         """
-        with self._replaying(layer_output), _only_at(self._model, positions) as selected:
+        with self._replaying(layer_output.reshape(self._native_shape)), _only_at(self._model, positions) as selected:
             logits = self._model(**self._inputs).logits
         if selected:
             return logits[0]
@@ -130,10 +130,18 @@ def layer_input_of(model: nn.Module, layer: nn.Module, inputs: Mapping[str, Any]
     try:
         model(**inputs)
     except _SideMemoryReached:
-        return reached[0]
+        return _as_sequences(reached[0], inputs)
     finally:
         handle.remove()
     raise ValueError("the model's forward does not reach the layer to edit: choose a layer of the decoder stack.")
+
+
+def _as_sequences(values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """(B, T, d) also where the model flattened the tokens to (B * T, d)."""
+    tokens = inputs.get("input_ids")
+    if values.dim() == 2 and isinstance(tokens, Tensor) and tokens.numel() == values.shape[0]:
+        return values.reshape(*tokens.shape, -1)
+    return values
 
 
 class _Recorder:
@@ -205,7 +213,8 @@ def _only_at(model: nn.Module, positions: tuple[Tensor, Tensor] | None) -> Itera
 
     Yields False where there is nothing to select or the model has no separate projection.
     """
-    projection = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_projection = getattr(model, "get_output_embeddings", None)
+    projection = find_projection() if callable(find_projection) else None
     if positions is None or projection is None:
         yield False
         return

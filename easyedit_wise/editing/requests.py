@@ -81,7 +81,11 @@ class TokenBatch:
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward; positions start at each sequence's first real token."""
         position_ids = (self.attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "position_ids": position_ids}
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": self.attention_mask,
+            "position_ids": position_ids,
+        }
 
 
 def encode_pair(tok: Any, prompt: str, target: str) -> tuple[list[int], int]:

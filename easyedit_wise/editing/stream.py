@@ -6,6 +6,7 @@ in what a merge does: fold the shards into the one memory, or append one more.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,10 +22,10 @@ from ..routing import calibrated_threshold, minimum_threshold
 from ..sharding import random_mask
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
-from .contexts import as_chat, generate_prefixes, in_contexts
+from .contexts import as_chat, context_groups, generate_prefixes
 from .frozen_prefix import FrozenPrefix, layer_input_of
 from .requests import EditRequest, pair_batch, prompt_batch
-from .trainer import EditOutcome, EditTask, ScoredInputs, train_edit
+from .trainer import EditOutcome, EditTask, RecordedContexts, ScoredInputs, train_edit
 
 _SCORING_BATCH = 16
 _PAST_EDITS_REPLAYED = 8
@@ -68,7 +69,12 @@ class EditStream:
     """
 
     def __init__(
-        self, model: nn.Module, tok: Any, hparams: WISEHyperParams, layer: WiseLayer, adapter_name: str = "default"
+        self,
+        model: nn.Module,
+        tok: Any,
+        hparams: WISEHyperParams,
+        layer: WiseLayer,
+        adapter_name: str = "default",
     ) -> None:
         self.model = model
         self.tok = tok
@@ -78,7 +84,22 @@ class EditStream:
         self.held: list[HeldEdit] = []
         self._generator = torch.Generator().manual_seed(hparams.seed)
         self._prefixes: list[str] | None = None
-        self._neutral: list[ScoredInputs] | None = None
+        self._neutral: ScoredInputs | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EditStream:
+        # With a copied model the stream goes on independently; the tokenizer has no state and is shared.
+        copied = type(self)(
+            copy.deepcopy(self.model, memo),
+            self.tok,
+            replace(self.hparams),
+            copy.deepcopy(self.layer, memo),
+            self.adapter_name,
+        )
+        memo[id(self)] = copied
+        copied.held = list(self.held)
+        copied._generator.set_state(self._generator.get_state())
+        copied._prefixes, copied._neutral = self._prefixes, self._neutral
+        return copied
 
     # -- the stream ---------------------------------------------------------------------------
 
@@ -114,9 +135,7 @@ class EditStream:
 
     def snapshot(self) -> Snapshot:
         """The present contents, to be put back by :meth:`restore`."""
-        return Snapshot(
-            tuple(self.layer.memories(self.adapter_name)), tuple(self.held), self._generator.get_state()
-        )
+        return Snapshot(tuple(self.layer.memories(self.adapter_name)), tuple(self.held), self._generator.get_state())
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put contents back as they were at :meth:`snapshot`."""
@@ -124,9 +143,7 @@ class EditStream:
         self.held = list(snapshot.held)
         self._generator.set_state(snapshot.generator_state)
 
-    def _edit(
-        self, request: EditRequest, on_iteration: Callable[[int, float], None] | None
-    ) -> EditOutcome:
+    def _edit(self, request: EditRequest, on_iteration: Callable[[int, float], None] | None) -> EditOutcome:
         with self._main_memory_only():
             states = self._with_live_shard(self.layer.memories(self.adapter_name))
             task, own_prompt = self._record(request, len(states) - 1)
@@ -196,27 +213,32 @@ class EditStream:
     # -- what an edit trains on ---------------------------------------------------------------
 
     def _record(self, request: EditRequest, memory: int) -> tuple[EditTask, ScoredInputs]:
-        prompts = in_contexts(request.prompt, self._context_prefixes())
+        groups = context_groups(request.prompt, self._context_prefixes(), self.hparams.contexts_per_step)
+        contexts = [self._record_contexts(prompts, request.target) for prompts in groups]
+        irrelevant = self._irrelevant_inputs(request)
+        past = self._past_inputs(memory) if self.hparams.replay else None
+        earlier = [h.tokens for h in self.held if h.memory == memory and h.tokens is not None]
+        task = EditTask(contexts, irrelevant, past, torch.cat(earlier) if earlier else None)
+        plain = contexts[0]
+        own_prompt = ScoredInputs(
+            plain.prefix.layer_input[:1],
+            plain.batch.prompt_mask[:1],
+            self._base_output(plain.prefix.layer_output[:1]),
+        )
+        return task, own_prompt
+
+    def _record_contexts(self, prompts: Sequence[str], target: str) -> RecordedContexts:
         if self.hparams.use_chat_template:
             prompts = [as_chat(self.tok, prompt) for prompt in prompts]
-        batch = pair_batch(self.tok, prompts, request.target, self._device())
-        prefix = FrozenPrefix.record(self.model, self.layer, batch.model_inputs())
-        irrelevant = self._irrelevant_inputs(request)
-        past: list[ScoredInputs] = []
-        if self.hparams.replay:
-            past = self._past_inputs(memory)
-        earlier = [h.tokens for h in self.held if h.memory == memory and h.tokens is not None]
-        own_prompt = ScoredInputs(
-            prefix.layer_input[:1], batch.prompt_mask[:1], self._base_output(prefix.layer_output[:1])
-        )
-        task = EditTask(prefix, batch, irrelevant, past, torch.cat(earlier) if earlier else None)
-        return task, own_prompt
+        batch = pair_batch(self.tok, prompts, target, self._device())
+        return RecordedContexts(batch, FrozenPrefix.record(self.model, self.layer, batch.model_inputs()))
 
     def _rehearsed_tokens(self, task: EditTask) -> Tensor | None:
         """A(x) of the edit's own prompt and target: what later edits of the shard should leave alone."""
         if self.hparams.rehearsal <= 0:
             return None
-        return task.prefix.layer_input[0][task.batch.attention_mask[0].bool()].clone()
+        plain = task.contexts[0]
+        return plain.prefix.layer_input[0][plain.batch.attention_mask[0].bool()].clone()
 
     def _context_prefixes(self) -> list[str]:
         if self._prefixes is None:
@@ -226,53 +248,61 @@ class EditStream:
             )
         return self._prefixes
 
-    def _irrelevant_inputs(self, request: EditRequest) -> list[ScoredInputs]:
+    def _irrelevant_inputs(self, request: EditRequest) -> ScoredInputs:
         """x_i of Eq. 5: the request's own irrelevant prompt, and packaged neutral ones."""
         n_neutral = self.hparams.irrelevant_prompts
-        if request.loc_prompt is None:
+        own = [] if request.loc_prompt is None else [self._score_inputs([request.loc_prompt])]
+        if not own:
             n_neutral = max(n_neutral, 1)
-        inputs = [] if request.loc_prompt is None else self._score_inputs([request.loc_prompt])
         neutral = self._neutral_inputs()
         picked = torch.randperm(len(neutral), generator=self._generator)[:n_neutral]
-        return inputs + [neutral[index] for index in picked.tolist()]
+        return ScoredInputs.stack([*own, neutral.select(picked)])
 
-    def _neutral_inputs(self) -> list[ScoredInputs]:
+    def _neutral_inputs(self) -> ScoredInputs:
         if self._neutral is None:
-            self._neutral = [one for text in neutral_prompts() for one in self._score_inputs([text])]
+            self._neutral = self._score_inputs(neutral_prompts())
         return self._neutral
 
-    def _past_inputs(self, memory: int) -> list[ScoredInputs]:
+    def _past_inputs(self, memory: int) -> ScoredInputs | None:
         """x_m of Appendix B.3: edits that other memories hold, drawn anew for every edit."""
         others = [h.request.prompt for h in self.held if h.memory != memory]
+        if not others:
+            return None
         picked = torch.randperm(len(others), generator=self._generator)[:_PAST_EDITS_REPLAYED]
         return self._score_inputs([others[index] for index in picked.tolist()])
 
     # -- thresholds ---------------------------------------------------------------------------
 
     def _threshold(self, state: MemoryState, memory: int) -> float:
-        """epsilon of a memory from the scores, under its present dW, of what it holds and of what it must not answer."""
+        """epsilon of a memory, from what its edits and what irrelevant prompts score under its present dW."""
         edits = self._edit_scores(state.delta_weight, memory)
         if not edits:
             return state.epsilon
         if self.hparams.act_ratio is not None:
             return minimum_threshold(edits, self.hparams.act_ratio)
+        scores = self._neutral_scores(state.delta_weight)
         with self._main_memory_only():
-            own = [
-                h.request.loc_prompt for h in self.held if h.memory == memory and h.request.loc_prompt is not None
-            ]
-            irrelevant = [*self._neutral_inputs(), *self._score_inputs(own)]
-        scores = [s for inputs in irrelevant for s in inputs.scores(state.delta_weight, self.hparams).tolist()]
+            own = [h.request.loc_prompt for h in self.held if h.memory == memory and h.request.loc_prompt is not None]
+            if own:
+                scores += self._score_inputs(own).scores(state.delta_weight, self.hparams).tolist()
         return calibrated_threshold(edits, scores, self.hparams.epsilon_position)
+
+    def _neutral_scores(self, delta_weight: Tensor) -> list[float]:
+        with self._main_memory_only():
+            neutral = self._neutral_inputs()
+        return list(neutral.scores(delta_weight, self.hparams).tolist())
 
     def _edit_scores(self, delta_weight: Tensor, memory: int) -> list[float]:
         mine = [h for h in self.held if h.memory == memory]
-        stored = [h.prompt for h in mine if h.prompt is not None]
-        with self._main_memory_only():
-            inputs = stored + self._score_inputs([h.request.prompt for h in mine if h.prompt is None])
-        return [score for one in inputs for score in one.scores(delta_weight, self.hparams).tolist()]
+        inputs = [h.prompt for h in mine if h.prompt is not None]
+        others = [h.request.prompt for h in mine if h.prompt is None]
+        if others:
+            with self._main_memory_only():
+                inputs.append(self._score_inputs(others))
+        return list(ScoredInputs.stack(inputs).scores(delta_weight, self.hparams).tolist()) if inputs else []
 
-    def _score_inputs(self, prompts: Sequence[str]) -> list[ScoredInputs]:
-        """Prompts as the router sees them, in batches; call it with the side memories off."""
+    def _score_inputs(self, prompts: Sequence[str]) -> ScoredInputs:
+        """Prompts as the router sees them; call it with the side memories off."""
         inputs = []
         for start in range(0, len(prompts), _SCORING_BATCH):
             texts = list(prompts[start : start + _SCORING_BATCH])
@@ -283,7 +313,7 @@ class EditStream:
                 activations = layer_input_of(self.model, self.layer, batch.model_inputs())
                 base = self._base_output(activations, compute=True)
             inputs.append(ScoredInputs(activations, batch.prompt_mask, base))
-        return inputs
+        return ScoredInputs.stack(inputs)
 
     def _base_output(self, value: Tensor, compute: bool = False) -> Tensor | None:
         """W_v a, kept only where EasyEdit's score needs it."""

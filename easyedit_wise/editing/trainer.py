@@ -7,8 +7,8 @@ it, so an edit that fails leaves everything as it was.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from ..hparams import WISEHyperParams
 from ..losses import edit_loss, rehearsal_loss, replay_loss, routing_margin_loss, upstream_margin_loss
 from ..routing import pool, upstream_activation
 from .frozen_prefix import FrozenPrefix
+from .optimizers import make_optimizer
 from .requests import TokenBatch
 
 
@@ -39,20 +40,48 @@ class ScoredInputs:
     token_mask: Tensor
     base_output: Tensor | None = None
 
+    def __len__(self) -> int:
+        return self.activations.shape[0]
+
+    def select(self, rows: Tensor) -> ScoredInputs:
+        """Some of the prompts, by index."""
+        base = None if self.base_output is None else self.base_output[rows]
+        return ScoredInputs(self.activations[rows], self.token_mask[rows], base)
+
+    @staticmethod
+    def stack(inputs: Sequence[ScoredInputs]) -> ScoredInputs:
+        """All prompts as one batch, padded on the left, so that they are scored in one product.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not inputs:
+            raise ValueError("there are no prompts to score.")
+        length = max(one.activations.shape[1] for one in inputs)
+
+        def padded(values: Tensor) -> Tensor:
+            missing = length - values.shape[1]
+            return F.pad(values, (0, 0) * (values.dim() - 2) + (missing, 0)) if missing else values
+
+        bases = [one.base_output for one in inputs if one.base_output is not None]
+        return ScoredInputs(
+            torch.cat([padded(one.activations) for one in inputs]),
+            torch.cat([padded(one.token_mask) for one in inputs]),
+            torch.cat([padded(base) for base in bases]) if len(bases) == len(inputs) else None,
+        )
+
     def scores(self, delta_weight: Tensor, hparams: WISEHyperParams) -> Tensor:
         """Delta_act of each sequence, shape (B,)."""
-        product = F.linear(self.activations.to(delta_weight.dtype), delta_weight)
-        return pooled_scores(product, self.base_output, self.token_mask, hparams)
+        product = F.linear(self.activations.to(delta_weight), delta_weight)
+        return pooled_scores(product, self.base_output, self.token_mask.to(product.device), hparams)
 
 
-def pooled_scores(
-    product: Tensor, base_output: Tensor | None, token_mask: Tensor, hparams: WISEHyperParams
-) -> Tensor:
+def pooled_scores(product: Tensor, base_output: Tensor | None, token_mask: Tensor, hparams: WISEHyperParams) -> Tensor:
     """Delta_act of each sequence from dW a, shape (B, T, d_out) -> (B,)."""
     if hparams.score_activation is None or base_output is None:
         token_scores = _safe_norm(product)
     else:
-        base = base_output.to(product.dtype)
+        base = base_output.to(product)
         token_scores = upstream_activation(base, base + product, hparams.score_activation)
     return pool(token_scores, token_mask, hparams.pooling)
 
@@ -62,22 +91,28 @@ def _safe_norm(product: Tensor) -> Tensor:
     return (product.square().sum(dim=-1) + 1e-12).sqrt()
 
 
+@dataclass(frozen=True)
+class RecordedContexts:
+    """Some contexts of one edit, the plain prompt first: their tokens, and what precedes the side memory."""
+
+    batch: TokenBatch
+    prefix: FrozenPrefix
+
+
 @dataclass
 class EditTask:
     """Everything one edit trains on, recorded once.
 
     Attributes:
-        prefix: the recorded batch of contexts.
-        batch: its tokens.
+        contexts: the contexts in groups; the iterations take turns through them.
         irrelevant: x_i of Eq. 5.
         past: x_m of Appendix B.3, edits that other memories hold, or None.
         earlier: A(x) of the shard's earlier edits, shape (N, d_in), or None.
     """
 
-    prefix: FrozenPrefix
-    batch: TokenBatch
-    irrelevant: list[ScoredInputs]
-    past: list[ScoredInputs] = field(default_factory=list)
+    contexts: list[RecordedContexts]
+    irrelevant: ScoredInputs
+    past: ScoredInputs | None = None
     earlier: Tensor | None = None
 
 
@@ -121,17 +156,19 @@ def train_edit(
     """
     reference = delta_weight.detach()
     trained = reference.clone().requires_grad_(True)
-    optimizer = _optimizer(trained, hparams)
-    base_output, activations = task.prefix.layer_output, task.prefix.layer_input.to(trained.dtype)
-    positions, targets, is_first = target_positions(task.batch, hparams)
+    optimizer = make_optimizer(trained, hparams)
+    supervised = [target_positions(recorded.batch, hparams) for recorded in task.contexts]
     losses: list[float] = []
     edit_losses: list[float] = []
     scores = trained.new_zeros(0)
     for iteration in range(hparams.n_iter):
-        product = F.linear(activations, trained)
-        logits = task.prefix.replay(base_output + product.to(base_output.dtype), positions)
+        group = iteration % len(task.contexts)
+        recorded, (positions, targets, is_first) = task.contexts[group], supervised[group]
+        base_output = recorded.prefix.layer_output
+        product = F.linear(recorded.prefix.layer_input.to(trained.dtype), trained)
+        logits = recorded.prefix.replay(base_output + product.to(base_output.dtype), positions)
         loss_edit = edit_loss(logits, targets, positions[0], is_first, hparams.first_token_weight)
-        scores = pooled_scores(product, base_output, task.batch.prompt_mask, hparams)
+        scores = pooled_scores(product, base_output, recorded.batch.prompt_mask, hparams)
         loss = loss_edit + _memory_losses(trained, reference, scores, task, hparams)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -143,7 +180,7 @@ def train_edit(
         edit_losses.append(float(loss_edit.detach()))
         if on_iteration is not None:
             on_iteration(iteration, value)
-        if _settled(losses, hparams):
+        if _settled(losses, len(task.contexts), hparams):
             break
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -156,9 +193,7 @@ def train_edit(
     return EditOutcome(trained.detach(), losses, edit_losses, scores.detach().tolist())
 
 
-def target_positions(
-    batch: TokenBatch, hparams: WISEHyperParams
-) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
+def target_positions(batch: TokenBatch, hparams: WISEHyperParams) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
     """Where the supervised tokens are predicted.
 
     Returns:
@@ -181,26 +216,20 @@ def _memory_losses(
 ) -> Tensor:
     """L_a (Eq. 5), plus L_replay (Appendix B.3) and rehearsal where they are on."""
     margin = upstream_margin_loss if hparams.margin_over_violated else routing_margin_loss
-    irrelevant = torch.cat([inputs.scores(trained, hparams) for inputs in task.irrelevant])
-    loss = margin(edit_scores, irrelevant, hparams.alpha, hparams.beta, hparams.gamma)
-    if task.past:
-        past = torch.cat([inputs.scores(trained, hparams) for inputs in task.past])
-        loss = loss + replay_loss(past, hparams.alpha)
+    irrelevant_scores = task.irrelevant.scores(trained, hparams)
+    loss = margin(edit_scores, irrelevant_scores, hparams.alpha, hparams.beta, hparams.gamma)
+    if task.past is not None:
+        loss = loss + replay_loss(task.past.scores(trained, hparams), hparams.alpha)
     if task.earlier is not None and hparams.rehearsal > 0:
         loss = loss + hparams.rehearsal * rehearsal_loss(trained, reference, task.earlier.to(trained.dtype))
     return loss
 
 
-def _optimizer(parameter: Tensor, hparams: WISEHyperParams) -> torch.optim.Optimizer:
-    if hparams.optimizer == "adam":
-        return torch.optim.Adam([parameter], lr=hparams.edit_lr, weight_decay=hparams.weight_decay)
-    return torch.optim.SGD([parameter], lr=hparams.edit_lr, weight_decay=hparams.weight_decay)
-
-
-def _settled(losses: list[float], hparams: WISEHyperParams) -> bool:
-    """EasyEdit's early stop: the loss is small and has stopped to change."""
+def _settled(losses: list[float], n_groups: int, hparams: WISEHyperParams) -> bool:
+    """EasyEdit's early stop, over one turn through the groups: the loss is small and has stopped to change."""
+    last = losses[-n_groups:]
     return (
-        len(losses) > 1
-        and abs(losses[-1] - losses[-2]) <= hparams.early_stop_change
-        and losses[-1] <= hparams.early_stop_loss
+        len(losses) > n_groups
+        and max(last) <= hparams.early_stop_loss
+        and abs(losses[-1] - losses[-1 - n_groups]) <= hparams.early_stop_change
     )

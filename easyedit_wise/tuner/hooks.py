@@ -26,8 +26,8 @@ class _Enter:
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given.get("inputs_embeds")
-        n_tokens = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
-        self.scope.begin(given.get("attention_mask"), given.get("past_key_values"), n_tokens)
+        shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
+        self.scope.begin(given.get("attention_mask"), given.get("past_key_values"), shape)
 
 
 class _Leave:

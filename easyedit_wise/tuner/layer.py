@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,14 @@ class WiseLayer(nn.Module, BaseTunerLayer):
     # PEFT names its adapter parameters by prefix and matches it as a substring; "wise_" is part of
     # "pointwise_", "depthwise_" and "elementwise_".
     adapter_layer_names = ("wisemem_memories",)
+    # Inherited from PEFT, which mypy does not follow.
+    active_adapters: list[str]
+    disable_adapters: bool
+    set_adapter: Callable[..., None]
+    get_base_layer: Callable[[], nn.Module]
+    _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
+    _get_base_layer_device_and_dtype: Callable[[nn.Module], tuple[torch.device | None, torch.dtype | None]]
+
     other_param_names = ("wisemem_config",)
 
     def __init__(
@@ -91,13 +99,13 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         self.last_route = None
 
     def _side_memories(self, adapter_name: str) -> list[SideMemory]:
-        return list(self.wisemem_memories[adapter_name])  # type: ignore[arg-type]
+        return [memory for memory in self.wisemem_memories[adapter_name].children() if isinstance(memory, SideMemory)]
 
     def _active_memories(self) -> list[tuple[str, SideMemory, WiseConfig]]:
         return [
             (f"{name}/{index}", memory, self.wisemem_config[name])
             for name in self.active_adapters
-            if name in self.wisemem_memories
+            if name in self.wisemem_config
             for index, memory in enumerate(self._side_memories(name))
         ]
 
@@ -107,10 +115,10 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         """W_v a for what stays in the main memory, W_v a + dW a for what a side memory answers.
 
         Args:
-            x: a = A(x), shape (B, T, d_in), or (B, d_in) for sequences of one token.
+            x: a = A(x), shape (B, T, d_in), or flat, (B * T, d_in).
 
         Returns:
-            Shape (B, T, d_out) or (B, d_out), in the base layer's dtype.
+            The base layer's output shape and dtype: (B, T, d_out) or (B * T, d_out).
         """
         base_output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
@@ -118,14 +126,14 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         memories = self._active_memories()
         if not memories:
             return base_output
-        flat = x.dim() == 2
-        sequences, result = (x.unsqueeze(1), base_output.unsqueeze(1)) if flat else (x, base_output)
+        sequences = self.routing_scope.as_sequences(x)
+        result = base_output.reshape(*sequences.shape[:2], -1)
         trained = self._memory_in_training(memories)
         if trained is not None:
             result = result + self._product(sequences, trained.delta_weight * trained.mask).to(result.dtype)
         else:
             result = self._routed(sequences, result, memories)
-        return result.squeeze(1) if flat else result
+        return result.reshape(base_output.shape)
 
     def _memory_in_training(self, memories: list[tuple[str, SideMemory, WiseConfig]]) -> SideMemory | None:
         """Under ``model.train()`` the live memory answers everything: a routed-away row has no gradient."""
@@ -136,9 +144,7 @@ class WiseLayer(nn.Module, BaseTunerLayer):
     def _product(self, x: Tensor, delta_weight: Tensor) -> Tensor:
         return F.linear(self._cast_input_dtype(x, delta_weight.dtype), delta_weight)
 
-    def _routed(
-        self, x: Tensor, base_output: Tensor, memories: list[tuple[str, SideMemory, WiseConfig]]
-    ) -> Tensor:
+    def _routed(self, x: Tensor, base_output: Tensor, memories: list[tuple[str, SideMemory, WiseConfig]]) -> Tensor:
         names = tuple(name for name, _, _ in memories)
         held = self.routing_scope.held_route(self, x.shape[0])
         if held is not None and held.memories == names:
@@ -186,9 +192,7 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         self.routing_scope.hold(self, route)
         return chosen if route.active else base_output
 
-    def _score(
-        self, product: Tensor, base_output: Tensor, token_mask: Tensor | None, config: WiseConfig
-    ) -> Tensor:
+    def _score(self, product: Tensor, base_output: Tensor, token_mask: Tensor | None, config: WiseConfig) -> Tensor:
         if config.score_activation is None:
             token_scores = product.norm(dim=-1)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -28,7 +28,7 @@ class WiseModel(BaseTuner):
     prefix: str = "wisemem_"
     tuner_layer_cls = WiseLayer
     # The value matrix of the FFN by model type; users name one layer, this names the module in it.
-    target_module_mapping = {
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {
         "gemma3_text": ["down_proj"],
         "gpt2": ["mlp.c_proj"],
         "gpt_neox": ["dense_4h_to_h"],
@@ -99,7 +99,9 @@ def find_wise_layers(model: nn.Module) -> dict[str, WiseLayer]:
 def other_tuners(model: nn.Module) -> list[str]:
     """Names of PEFT types other than WISE that a model carries."""
     names = {
-        type(module).__module__.split(".")[2] if type(module).__module__.startswith("peft.tuners.") else type(module).__name__
+        type(module).__module__.split(".")[2]
+        if type(module).__module__.startswith("peft.tuners.")
+        else type(module).__name__
         for module in model.modules()
         if isinstance(module, BaseTunerLayer) and not isinstance(module, WiseLayer)
     }

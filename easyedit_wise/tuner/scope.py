@@ -80,6 +80,7 @@ Held = dict[int, Route]
 class _CallState(threading.local):
     """State of the call that this thread is in (two threads may serve one model)."""
 
+    shape: tuple[int, int] | None = None
     token_mask: Tensor | None = None
     held: Held | None = None
     decided: Held | None = None
@@ -113,18 +114,19 @@ class RoutingScope:
         finally:
             self._call.generation = outer
 
-    def begin(self, attention_mask: Any, cache: Any, n_tokens: int | None) -> None:
+    def begin(self, attention_mask: Any, cache: Any, shape: tuple[int, int] | None) -> None:
         """A call of the top model starts.
 
         Args:
             attention_mask: as given to the model; used where it is 2-D, (B, cached + T).
             cache: ``past_key_values`` as given, or None.
-            n_tokens: T, the new tokens of this call, if known.
+            shape: (B, T), the sequences and new tokens of this call, if known.
         """
         call = self._call
+        call.shape = shape
         call.token_mask = None
         if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            call.token_mask = attention_mask[:, -n_tokens:] if n_tokens else attention_mask
+            call.token_mask = attention_mask[:, -shape[1] :] if shape else attention_mask
         call.decided = {}
         call.held = None
         if call.generation:
@@ -135,7 +137,8 @@ class RoutingScope:
     def end(self, cache: Any) -> None:
         """The call is over; ``cache`` (if any) now holds its keys and values, so it holds its route, too."""
         call = self._call
-        decided, call.decided, call.held, call.token_mask = call.decided, None, None, None
+        decided = call.decided
+        call.decided = call.held = call.token_mask = call.shape = None
         if not decided:
             return
         if call.generation is not None:
@@ -162,6 +165,18 @@ class RoutingScope:
         """Keep a decision for the calls that continue this one."""
         if self._call.decided is not None:
             self._call.decided[id(layer)] = route
+
+    def as_sequences(self, values: Tensor) -> Tensor:
+        """(B, T, d) of what a layer was given; tokens that a model flattened (OPT) are put back in rows.
+
+        Outside a call of the model, each row of a flat input is a sequence of one token.
+        """
+        if values.dim() != 2:
+            return values
+        shape = self._call.shape
+        if shape is not None and shape[0] * shape[1] == values.shape[0]:
+            return values.reshape(*shape, -1)
+        return values.unsqueeze(1)
 
     def token_mask(self, rows: int, n_tokens: int, device: torch.device) -> Tensor | None:
         """Which of the layer's tokens are real, shape (rows, n_tokens), or None: all of them."""

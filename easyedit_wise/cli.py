@@ -1,0 +1,66 @@
+"""The command line: ``easyedit-wise demo`` and ``easyedit-wise edit``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(help="WISE lifelong model editing.", no_args_is_help=True, add_completion=False)
+
+
+@app.callback()
+def main() -> None:
+    """WISE lifelong model editing: edits that hold, in a small folder."""
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the summary, the plot and the adapter.")] = Path("runs/demo"),
+    model: Annotated[str | None, typer.Option(help="A causal language model; default SmolLM2-135M.")] = None,
+    facts: Annotated[int | None, typer.Option(help="How many of the facts; default all.", min=1)] = None,
+) -> None:
+    """Edit a dozen facts into a small real model through EasyEdit and show what became of them."""
+    from .demo import run_demo
+
+    run_demo(out, model, facts)
+
+
+@app.command()
+def edit(
+    requests: Annotated[Path, typer.Argument(help="JSON: a list of {prompt, target_new[, subject, loc_prompt]}.")],
+    model: Annotated[str, typer.Option(help="Path or name of a causal language model.")],
+    hparams: Annotated[str, typer.Option(help="A YAML file, or a packaged name such as llama-7b.")],
+    out: Annotated[Path, typer.Option(help="Folder that the edits are saved into.")],
+) -> None:
+    """Edit a model and save the edits as a folder, without EasyEdit."""
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .easyedit.apply import apply_wise_to_model
+    from .hparams import WISEHyperParams
+    from .persistence import save_edits
+
+    console = Console()
+    try:
+        settings = WISEHyperParams.from_hparams(hparams)
+        wanted: Any = json.loads(requests.read_text(encoding="utf-8"))
+        if not isinstance(wanted, list) or not wanted:
+            raise ValueError(f"{requests} must hold a non-empty list of requests.")
+        transformers.utils.logging.set_verbosity_error()
+        base = AutoModelForCausalLM.from_pretrained(model).eval()
+        tok = AutoTokenizer.from_pretrained(model)
+        settings.model_name = model
+        edited, _ = apply_wise_to_model(base, tok, wanted, settings)
+        save_edits(edited, out)
+    except (ValueError, OSError, RuntimeError) as error:
+        console.print(f"[red]error:[/red] {error}")
+        raise typer.Exit(code=1) from error
+    console.print(f"{len(wanted)} edits saved in {out}.")
+
+
+if __name__ == "__main__":
+    app()

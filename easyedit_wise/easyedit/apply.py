@@ -1,0 +1,170 @@
+"""``apply_wise_to_model``: WISE behind EasyEdit's contract for editing algorithms."""
+
+from __future__ import annotations
+
+import copy as copy_module
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..editing.requests import EditRequest
+from ..editing.stream import EditStream, Snapshot
+from ..hparams import WISEHyperParams
+from ..persistence import load_edits, save_edits
+from ..tuner.attach import attach, check_layer, detach
+from ..tuner.config import WiseConfig
+from ..tuner.model import find_wise_layers
+
+LOG = logging.getLogger(__name__)
+
+ADAPTER_NAME = "default"
+
+
+class RestoreWeights(Mapping[str, Tensor]):
+    """Puts the model back as it was before one call of :func:`apply_wise_to_model`.
+
+    EasyEdit's hosts restore in two ways: some call the object, others walk through ``.items()`` and
+    copy weights. This one does both: either restores, and there is no weight to copy.
+    """
+
+    def __init__(self, restore: Callable[[], None]) -> None:
+        self._restore: Callable[[], None] | None = restore
+
+    def __call__(self) -> None:
+        """Restore; a second call does nothing."""
+        restore, self._restore = self._restore, None
+        if restore is not None:
+            restore()
+
+    def items(self) -> Any:
+        """Restore, and name no weights: none of the model's own was changed."""
+        self()
+        return {}.items()
+
+    def __getitem__(self, key: str) -> Tensor:
+        raise KeyError(f"{key}: WISE changes none of the model's own weights, so there is nothing to copy back.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+    def __bool__(self) -> bool:
+        # Empty as a mapping, but not "nothing to restore".
+        return True
+
+
+def apply_wise_to_model(
+    model: nn.Module,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]] | Mapping[str, Any],
+    hparams: Any,
+    copy: bool = False,
+    return_orig_weights: bool = False,
+    keep_original_weight: bool = False,
+    **kwargs: Any,
+) -> tuple[nn.Module, RestoreWeights]:
+    """Edit a model with WISE, one request after the other.
+
+    The model keeps its class: the chosen layer is wrapped in place. Calling it again with the same
+    model goes on with the same stream of edits.
+
+    Args:
+        model: a Hugging Face causal language model.
+        tok: its tokenizer.
+        requests: EasyEdit's request dicts with ``prompt`` and ``target_new``, and optionally ``subject``
+            and ``loc_prompt`` (an irrelevant prompt; without one packaged neutral prompts serve).
+        hparams: :class:`WISEHyperParams`, or EasyEdit's own WISE settings object.
+        copy: edit a deep copy and leave ``model`` alone.
+        return_orig_weights: part of EasyEdit's contract; the restore object is always returned.
+        keep_original_weight: likewise.
+        **kwargs: what EasyEdit passes to other algorithms; not used.
+
+    Returns:
+        (the edited model, an object that restores it: call it, or walk through its ``.items()``).
+
+    Raises:
+        ValueError: a request, a setting or the layer does not fit, or the model carries another PEFT
+            method; the model is as before.
+        EditDivergedError: an edit's loss became NaN or infinite; that edit was taken back, the ones
+            before it stand.
+    """
+    settings = WISEHyperParams.from_any(hparams)
+    if isinstance(requests, Mapping):
+        requests = [requests]
+    edits = [EditRequest.from_easyedit(request) for request in requests]
+    check_layer(model, settings.inner_params[0])
+    if copy:
+        model = copy_module.deepcopy(model)
+    fresh = not find_wise_layers(model)
+    try:
+        stream = stream_of(model, tok, settings)
+        before = stream.snapshot()
+        with tqdm(total=len(edits), desc="WISE", unit="edit", disable=len(edits) < 2) as bar:
+
+            def committed(*_: Any) -> None:
+                bar.update()
+
+            stream.apply(edits, on_edit=committed)
+    except BaseException:
+        layers = find_wise_layers(model)
+        if fresh and not any(memory.n_edits for layer in layers.values() for memory in layer.memories(ADAPTER_NAME)):
+            detach(model)  # not one edit was made: leave no trace
+        raise
+    if settings.save_path:
+        save_edits(model, settings.save_path)
+    return model, RestoreWeights(lambda: _restore(model, stream, before, fresh))
+
+
+def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStream:
+    """The stream of edits that a model carries, or a new one on a freshly wrapped layer.
+
+    Raises:
+        ValueError: the layer does not fit, differs from the one that is wrapped already, or the
+            model carries another PEFT method.
+    """
+    name = check_layer(model, hparams.inner_params[0])
+    layers = find_wise_layers(model)
+    if layers and name not in layers:
+        raise ValueError(
+            f"this model's edits are in {next(iter(layers))}, but inner_params names {name}: a stream of edits stays "
+            "in one layer. Restore the model first, or name the same layer."
+        )
+    if not layers and hparams.load_path and Path(hparams.load_path).exists():
+        load_edits(model, hparams.load_path, tok=tok, hparams=hparams)
+        layers = find_wise_layers(model)
+    if not layers:
+        attach(model, wise_config(model, name, hparams), ADAPTER_NAME)
+        layers = find_wise_layers(model)
+    layer = layers[name]
+    stream = layer.edit_stream
+    if not isinstance(stream, EditStream) or stream.model is not model:
+        stream = EditStream(model, tok, hparams, layer, ADAPTER_NAME)
+        layer.edit_stream = stream
+    stream.tok, stream.hparams = tok, hparams
+    return stream
+
+
+def wise_config(model: nn.Module, module_name: str, hparams: WISEHyperParams) -> WiseConfig:
+    """The tuner's configuration for one layer and these settings."""
+    return WiseConfig(
+        target_modules=[module_name],
+        base_model_name_or_path=getattr(model, "name_or_path", None) or hparams.model_name or None,
+        task_type="CAUSAL_LM",
+        mask_ratio=hparams.mask_ratio,
+        seed=hparams.seed,
+        pooling=hparams.pooling,
+        score_activation=hparams.score_activation,
+    )
+
+
+def _restore(model: nn.Module, stream: EditStream, before: Snapshot, fresh: bool) -> None:
+    if fresh:
+        detach(model)
+    else:
+        stream.restore(before)
