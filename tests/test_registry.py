@@ -1,0 +1,201 @@
+"""register() and unregister(), on small packages that are laid out as EasyEdit is."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from easyedit_wise.easyedit.registry import register, unregister
+
+ALG_DICT = """
+    def apply_ft_to_model(*args, **kwargs): ...
+    def apply_host_wise_to_model(*args, **kwargs): ...
+    ALG_DICT = {"FT": apply_ft_to_model%s}
+"""
+BATCH_EDITOR = """
+    from enum import Enum
+
+    class BatchEditor(Enum):
+        FT = "FT"
+
+        @staticmethod
+        def is_batchable_method(alg_name):
+            return alg_name == BatchEditor.FT.value
+"""
+EDITOR = """
+    from ..util.alg_dict import *
+    from .batch_editor import BatchEditor
+
+    def algorithm(name): return ALG_DICT[name]
+    def can_batch(name): return BatchEditor.is_batchable_method(name)
+"""
+
+
+def write_host(root: Path, *, own_wise: bool, current: bool) -> None:
+    """A package ``easyeditor`` under root; ``current`` has the restore sets that GitHub HEAD has."""
+    package = root / "easyeditor"
+    files = {
+        "__init__.py": "from .editors import *\nfrom .models import *\n",
+        "util/__init__.py": "",
+        "util/alg_dict.py": ALG_DICT % (', "WISE": apply_host_wise_to_model' if own_wise else ""),
+        "editors/__init__.py": "from .editor import *\n",
+        "editors/batch_editor.py": BATCH_EDITOR,
+        "editors/editor.py": EDITOR,
+        "models/__init__.py": 'WISEHyperParams = "the host\'s own"\n' if own_wise else "",
+    }
+    if current:
+        files["util/device.py"] = ""
+        files["editors/utils.py"] = 'CALLABLE_RESTORE_ALGS = {"KN"}\n'
+        files["editors/editor.py"] += "    from .utils import *\n"
+    for name, source in files.items():
+        path = package / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(source))
+
+
+@pytest.fixture
+def clean_modules(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No ``easyeditor`` imported, no finder waiting for it; both as before afterwards."""
+
+    def present() -> dict[str, ModuleType]:
+        return {n: m for n, m in sys.modules.items() if n == "easyeditor" or n.startswith("easyeditor.")}
+
+    before = present()
+    for name in before:
+        del sys.modules[name]
+    monkeypatch.setattr(sys, "meta_path", [f for f in sys.meta_path if type(f).__name__ != "HostFinder"])
+    yield
+    for name in present():
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
+@pytest.fixture
+def make_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_modules: None) -> Callable[..., ModuleType]:
+    """Write such a package, import it, and give its editor module."""
+
+    def make(*, own_wise: bool, current: bool = True) -> ModuleType:
+        write_host(tmp_path, own_wise=own_wise, current=current)
+        monkeypatch.syspath_prepend(tmp_path)
+        importlib.import_module("easyeditor")
+        return sys.modules["easyeditor.editors.editor"]
+
+    return make
+
+
+@pytest.fixture
+def apply_wise(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The registered function; a stand-in for it, since registering does not call it."""
+
+    def apply_wise_to_model(*args: Any, **kwargs: Any) -> None: ...
+
+    module = ModuleType("easyedit_wise.easyedit.apply")
+    module.__dict__["apply_wise_to_model"] = apply_wise_to_model
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return apply_wise_to_model
+
+
+@pytest.mark.parametrize("own_wise", [True, False])
+@pytest.mark.parametrize("current", [True, False])
+def test_register_then_unregister_leaves_the_host_as_it_was(
+    make_host: Callable[..., ModuleType], apply_wise: Callable[..., Any], own_wise: bool, current: bool
+) -> None:
+    editor = make_host(own_wise=own_wise, current=current)
+    alg_dict, before, names = editor.ALG_DICT, dict(editor.ALG_DICT), set(vars(sys.modules["easyeditor"]))
+
+    for _ in range(2):
+        register()
+        assert editor.algorithm("WISE") is apply_wise
+        assert editor.ALG_DICT is alg_dict
+        assert editor.can_batch("WISE")
+        assert editor.can_batch("FT")
+        assert not editor.can_batch("ROME")
+        if current:
+            assert sorted(editor.CALLABLE_RESTORE_ALGS) == ["KN", "WISE"]
+
+    for _ in range(2):
+        unregister()
+        assert before == alg_dict
+        assert set(vars(sys.modules["easyeditor"])) == names
+        assert not editor.can_batch("WISE")
+        assert editor.can_batch("FT")
+        if current:
+            assert sorted(editor.CALLABLE_RESTORE_ALGS) == ["KN"]
+
+    register()
+    assert editor.algorithm("WISE") is apply_wise
+
+
+def test_names_are_exported_where_the_host_has_none(
+    make_host: Callable[..., ModuleType], apply_wise: Callable[..., Any]
+) -> None:
+    from easyedit_wise.hparams import WISEHyperParams
+
+    make_host(own_wise=False)
+    register()
+    for module in (sys.modules["easyeditor"], sys.modules["easyeditor.models"]):
+        assert module.__dict__["WISEHyperParams"] is WISEHyperParams
+        assert module.__dict__["apply_wise_to_model"] is apply_wise
+
+
+def test_names_of_the_host_stay(make_host: Callable[..., ModuleType], apply_wise: Callable[..., Any]) -> None:
+    make_host(own_wise=True)
+    register()
+    unregister()
+    register()
+    assert sys.modules["easyeditor"].__dict__["WISEHyperParams"] == "the host's own"
+    assert sys.modules["easyeditor"].__dict__["apply_wise_to_model"] is apply_wise
+
+
+def test_a_host_that_lists_wise_keeps_listing_it_after_unregister(
+    make_host: Callable[..., ModuleType], apply_wise: Callable[..., Any]
+) -> None:
+    editor = make_host(own_wise=True)
+    editor.CALLABLE_RESTORE_ALGS.add("WISE")
+    register()
+    unregister()
+    assert "WISE" in editor.CALLABLE_RESTORE_ALGS
+
+
+def test_register_again_takes_back_an_entry_that_somebody_overwrote(
+    make_host: Callable[..., ModuleType], apply_wise: Callable[..., Any]
+) -> None:
+    editor = make_host(own_wise=True)
+    own = editor.algorithm("WISE")
+    register()
+    editor.ALG_DICT["WISE"] = print
+    register()
+    assert editor.algorithm("WISE") is apply_wise
+    unregister()
+    assert editor.algorithm("WISE") is own
+
+
+@pytest.mark.usefixtures("clean_modules")
+def test_without_easyedit_register_names_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "easyeditor", None)
+    with pytest.raises(ImportError, match=r"EasyEdit is not importable.*PYTHONPATH.*pip install"):
+        register()
+
+
+def test_what_easyedit_itself_misses_is_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_modules: None
+) -> None:
+    write_host(tmp_path, own_wise=False, current=True)
+    (tmp_path / "easyeditor" / "models" / "__init__.py").write_text("import no_such_package_of_the_host\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError) as error:
+        register()
+    assert error.value.name == "no_such_package_of_the_host"
+
+
+@pytest.mark.usefixtures("clean_modules")
+def test_unregister_imports_nothing() -> None:
+    unregister()
+    assert "easyeditor" not in sys.modules
