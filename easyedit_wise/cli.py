@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 app = typer.Typer(help="WISE lifelong model editing.", no_args_is_help=True, add_completion=False)
 
@@ -44,8 +43,9 @@ def edit(
     from .hparams import WISEHyperParams
     from .persistence import save_edits
 
-    console = Console()
     try:
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is a file: edits are saved as a folder, so name another path.")
         settings = WISEHyperParams.from_hparams(hparams)
         wanted: Any = json.loads(requests.read_text(encoding="utf-8"))
         if not isinstance(wanted, list) or not wanted:
@@ -57,9 +57,9 @@ def edit(
         edited, _ = apply_wise_to_model(base, tok, wanted, settings)
         save_edits(edited, out)
     except (ValueError, OSError, RuntimeError) as error:
-        console.print(f"[red]error:[/red] {error}")
+        typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
         raise typer.Exit(code=1) from error
-    console.print(f"{len(wanted)} edits saved in {out}.")
+    typer.echo(f"{len(wanted)} edits saved in {out}.")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .routing import POOLINGS
 
 OBJECTIVES = ("only_label", "prompt_and_label")
 OPTIMIZERS = ("sgd", "adam", "normalized")
+_SWITCHES = ("retrieve", "replay", "margin_over_violated", "use_chat_template", "model_parallel", "fp16")
 
 
 @dataclass
@@ -163,8 +164,10 @@ class WISEHyperParams:
                 raise ValueError(f"{name} is {value!r}: it must be a finite number of at least 0.")
         for name in ("norm_constraint", "act_ratio", "weights"):
             value = getattr(self, name)
-            if value is not None and (not _is_number(value) or not value > 0):
-                raise ValueError(f"{name} is {value!r}: it must be greater than 0, or null to switch it off.")
+            if value is not None and (not _is_number(value) or not math.isfinite(value) or value <= 0):
+                raise ValueError(
+                    f"{name} is {value!r}: it must be a finite number greater than 0, or null to switch it off."
+                )
         if self.densities is not None and (not _is_number(self.densities) or not 0.0 < self.densities <= 1.0):
             raise ValueError(
                 f"densities is {self.densities!r}, outside (0, 1]: it is the share of each shard that TIES keeps."
@@ -181,8 +184,18 @@ class WISEHyperParams:
                 raise ValueError(f"{name} is {value!r}: it must be a whole number, 0 (none) or more.")
         if self.contexts_per_step is not None:
             _check_positive_int("contexts_per_step", self.contexts_per_step)
-        _check_positive_int("context_length", self.context_length)
-        _check_positive_int("batch_size", self.batch_size)
+        for name in ("context_length", "batch_size", "max_length"):
+            _check_positive_int(name, getattr(self, name))
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed is {self.seed!r}: it must be a whole number.")
+        for name in _SWITCHES:
+            value = getattr(self, name)
+            if not isinstance(value, bool):  # the text "False" would count as true
+                raise ValueError(f"{name} is {value!r}: it must be true or false, without quotes.")
+        for name in ("save_path", "load_path"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} is {value!r}: it must be a path as text, or null.")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> WISEHyperParams:
@@ -204,7 +217,7 @@ class WISEHyperParams:
         unknown = [key for key in values if key not in known]
         if unknown:
             raise ValueError(
-                f"unknown WISE setting {unknown[0]!r}{_nearest(unknown[0], (*known, 'act_margin'))} "
+                f"unknown WISE setting {unknown[0]!r}{_nearest(str(unknown[0]), (*known, 'act_margin'))} "
                 f"Known settings: {', '.join(sorted(known | {'act_margin'}))}."
             )
         if "inner_params" not in values:
@@ -218,26 +231,32 @@ class WISEHyperParams:
     def from_hparams(cls, hparams_name_or_path: str | Path) -> WISEHyperParams:
         """From a YAML file, or from the name of a packaged one such as ``"llama-7b"``.
 
-        The ending ``.yaml`` may be left out, as in EasyEdit. A file on disk goes before a packaged one.
+        The ending ``.yaml`` may be left out, as in EasyEdit. A file on disk goes before a packaged one,
+        and EasyEdit's own ``hparams/WISE/llama-7b`` names the packaged one where no such folder is.
 
         Raises:
             FileNotFoundError: neither a file nor a packaged name; the packaged names are listed.
-            ValueError: the file is not a mapping or holds a value that does not fit.
+            ValueError: the file is not a YAML mapping or holds a value that does not fit.
         """
         name = str(hparams_name_or_path)
         path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
-        if path.exists():
+        if path.is_file():
             text = path.read_text(encoding="utf-8")
         else:
             packaged = resources.files("easyedit_wise") / "data" / "hparams" / "WISE" / path.name
-            if not packaged.is_file():
+            # Another folder's name means that folder: its file being absent must not pass unseen.
+            is_name = path.parent.parts[-2:] in ((), ("hparams", "WISE"))
+            if not is_name or not packaged.is_file():
                 names = packaged_hparams()
                 raise FileNotFoundError(
                     f"{path} does not exist and no packaged settings are called {path.stem!r}"
                     f"{_nearest(path.stem, names)} Packaged: {', '.join(names)}."
                 )
             text = packaged.read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
+        try:
+            config = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
         if not isinstance(config, dict):
             raise ValueError(f"{path} does not hold settings: expected 'key: value' lines.")
         return cls.from_dict(config)
@@ -247,20 +266,27 @@ class WISEHyperParams:
         """From our own, a mapping, or another host's WISE settings object (EasyEdit's dataclass).
 
         Raises:
-            ValueError: a value out of range.
+            ValueError: not a settings object, or a value out of range.
         """
         if isinstance(hparams, cls):
             hparams.validate()  # EasyEdit and users assign to fields after construction
             return hparams
         if isinstance(hparams, Mapping):
             return cls.from_dict(hparams)
+        if not hasattr(hparams, "__dict__"):
+            raise ValueError(
+                f"hparams is {hparams!r}: give a WISEHyperParams, such as WISEHyperParams.from_hparams('llama-7b')."
+            )
         known = {field.name for field in dataclasses.fields(cls)}
         # Another host's object may carry fields of its own (generation settings, API keys): they are not ours.
         return cls.from_dict({key: value for key, value in vars(hparams).items() if key in known})
 
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values, for a JSON file beside results."""
-        return dataclasses.asdict(self)
+        settings = dataclasses.asdict(self)
+        if not isinstance(self.device, (int, str, type(None))):
+            settings["device"] = str(self.device)  # EasyEdit may have put a torch.device there
+        return settings
 
 
 def packaged_hparams() -> list[str]:
@@ -308,4 +334,9 @@ def _check_inner_params(inner_params: Any) -> None:
         raise ValueError(
             f"inner_params names {len(inner_params)} matrices ({', '.join(map(str, inner_params))}): WISE edits "
             "exactly one, so keep the one in the middle-to-late layer."
+        )
+    if not isinstance(inner_params[0], str) or not inner_params[0].strip():
+        raise ValueError(
+            f"inner_params names {inner_params[0]!r}: it must be the value matrix's name, "
+            "for instance model.layers[27].mlp.down_proj.weight."
         )

@@ -103,7 +103,7 @@ class FrozenPrefix:
             for module, outputs in self._recorded:
                 answer(module, outputs)
             saved.append((self._layer, self._layer.__dict__.get("forward", _ABSENT)))
-            self._layer.__dict__["forward"] = lambda *args, **kwargs: layer_output
+            self._layer.__dict__["forward"] = lambda *args, **kwargs: layer_output.clone()
             yield
         finally:
             for module, forward in reversed(saved):
@@ -122,11 +122,11 @@ def layer_input_of(model: nn.Module, layer: nn.Module, inputs: Mapping[str, Any]
     """
     reached: list[Tensor] = []
 
-    def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-        reached.append(args[0].detach())
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        reached.append(_first_argument(args, kwargs).detach())
         raise _SideMemoryReached
 
-    handle = layer.register_forward_pre_hook(stop)
+    handle = layer.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         model(**inputs)
     except _SideMemoryReached:
@@ -134,6 +134,11 @@ def layer_input_of(model: nn.Module, layer: nn.Module, inputs: Mapping[str, Any]
     finally:
         handle.remove()
     raise ValueError("the model's forward does not reach the layer to edit: choose a layer of the decoder stack.")
+
+
+def _first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a layer is applied to, whether it was given by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _as_sequences(values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
@@ -161,7 +166,7 @@ class _Recorder:
     def watching(self, model: nn.Module) -> Iterator[None]:
         handles = []
         for module in model.modules():
-            handles.append(module.register_forward_pre_hook(self._enter))
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
             handles.append(module.register_forward_hook(self._leave))
         try:
             yield
@@ -169,10 +174,10 @@ class _Recorder:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self.layer:
             self.n_reached += 1
-            self.layer_input = args[0].detach()
+            self.layer_input = _copied(_first_argument(args, kwargs))
         if self.n_reached:
             self._called_later.add(id(module))
         else:
@@ -180,7 +185,8 @@ class _Recorder:
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if module is self.layer:
-            self.layer_output = output.detach()
+            # A copy, because the model's own code may go on in place (Falcon: mlp_output += attention_output).
+            self.layer_output = _copied(output)
         elif not self.n_reached:
             self._open.pop()
             self._open[-1].append((module, _copied(output)))
@@ -203,27 +209,33 @@ def _copied(output: Any) -> Any:
     if isinstance(output, (tuple, list)):
         return type(output)(map(_copied, output))
     if isinstance(output, dict):
-        return type(output)(**{key: _copied(value) for key, value in output.items()})
+        copies = {key: _copied(value) for key, value in output.items()}
+        return copies if type(output) is dict else type(output)(**copies)
     return output
 
 
 @contextmanager
-def _only_at(model: nn.Module, positions: tuple[Tensor, Tensor] | None) -> Iterator[bool]:
+def _only_at(model: nn.Module, positions: tuple[Tensor, Tensor] | None) -> Iterator[list[bool]]:
     """Let the vocabulary projection see only the wanted positions, as one sequence of N tokens.
 
-    Yields False where there is nothing to select or the model has no separate projection.
+    Yields a list that is empty as long as nothing was selected: there is nothing to select, or the
+    forward does not call a projection of its own.
     """
+    selected: list[bool] = []
     find_projection = getattr(model, "get_output_embeddings", None)
     projection = find_projection() if callable(find_projection) else None
     if positions is None or projection is None:
-        yield False
+        yield selected
         return
 
-    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if selected or not args or args[0].dim() != 3:
+            return None
+        selected.append(True)
         return (args[0][positions].unsqueeze(0), *args[1:])
 
     handle = projection.register_forward_pre_hook(select)
     try:
-        yield True
+        yield selected
     finally:
         handle.remove()

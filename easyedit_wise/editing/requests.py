@@ -32,7 +32,7 @@ class EditRequest:
                 raise ValueError(
                     f"{name} is {value!r}: an edit needs a prompt and the text that shall follow it, both non-empty."
                 )
-        if self.subject is not None and self.subject not in self.prompt:
+        if self.subject is not None and (not isinstance(self.subject, str) or self.subject not in self.prompt):
             raise ValueError(
                 f"the subject {self.subject!r} does not occur in the prompt {self.prompt!r}: give it as it is "
                 "spelled there, or leave it out."
@@ -45,20 +45,22 @@ class EditRequest:
         """From EasyEdit's request dict: ``prompt``, ``target_new`` and, if given, ``subject``, ``loc_prompt``.
 
         Raises:
-            ValueError: prompt or target is missing or empty, or the subject is not in the prompt.
+            ValueError: no dict, prompt or target is missing or empty, or the subject is not in the prompt.
         """
+        if not isinstance(request, Mapping):
+            raise ValueError(f"a request is {request!r}: it must be a dict with 'prompt' and 'target_new'.")
         missing = [key for key in ("prompt", "target_new") if key not in request]
         if missing:
             raise ValueError(
-                f"the request has no {missing[0]!r} (it has {', '.join(sorted(request))}): "
+                f"the request has no {missing[0]!r} (it has {', '.join(map(str, request)) or 'nothing'}): "
                 "an edit needs a prompt and the text that shall follow it."
             )
-        prompt, target = request["prompt"], request["target_new"]
+        prompt, target, loc_prompt = request["prompt"], request["target_new"], request.get("loc_prompt")
         return cls(
             prompt=prompt,
             target=target.strip() if isinstance(target, str) else target,
             subject=request.get("subject") or None,
-            loc_prompt=request.get("loc_prompt") or None,
+            loc_prompt=None if isinstance(loc_prompt, str) and not loc_prompt.strip() else loc_prompt,
         )
 
 
@@ -88,6 +90,11 @@ class TokenBatch:
         }
 
 
+def join_target(prompt: str, target: str) -> str:
+    """The text "prompt target", with one space between unless the prompt ends in white space."""
+    return prompt + target if prompt.endswith((" ", "\n")) or not target else f"{prompt} {target}"
+
+
 def encode_pair(tok: Any, prompt: str, target: str) -> tuple[list[int], int]:
     """Tokens of "prompt target" and how many of them are the prompt's.
 
@@ -95,11 +102,10 @@ def encode_pair(tok: Any, prompt: str, target: str) -> tuple[list[int], int]:
     stops to agree with the prompt tokenised alone.
 
     Raises:
-        ValueError: nothing of the target is left as a token of its own.
+        ValueError: nothing of the target, or nothing of the prompt, is left as a token of its own.
     """
-    text = prompt + target if prompt.endswith((" ", "\n")) or not target else f"{prompt} {target}"
     alone = list(tok(prompt)["input_ids"])
-    together = list(tok(text)["input_ids"])
+    together = list(tok(join_target(prompt, target))["input_ids"])
     eos = getattr(tok, "eos_token_id", None)
     if together and alone and eos is not None and together[-1] == alone[-1] == eos:
         together, alone = together[:-1], alone[:-1]  # tokenizers that end every text with eos
@@ -109,6 +115,11 @@ def encode_pair(tok: Any, prompt: str, target: str) -> tuple[list[int], int]:
     if n_prompt >= len(together):
         raise ValueError(
             f"the target {target!r} tokenises to nothing after the prompt {prompt!r}: choose a target with text."
+        )
+    if n_prompt == 0:
+        raise ValueError(
+            f"no token of the prompt {prompt!r} is left before the target {target!r}, so nothing predicts it: "
+            "choose a longer prompt."
         )
     return together, n_prompt
 
@@ -136,7 +147,15 @@ def pair_batch(tok: Any, prompts: Sequence[str], target: str, device: torch.devi
 
 
 def prompt_batch(tok: Any, prompts: Sequence[str], device: torch.device) -> TokenBatch:
-    """A batch of prompts without a target, as a user's queries arrive."""
-    input_ids, attention_mask = left_padded(tok, [list(tok(prompt)["input_ids"]) for prompt in prompts], device)
+    """A batch of prompts without a target, as a user's queries arrive.
+
+    Raises:
+        ValueError: a prompt tokenises to nothing.
+    """
+    sequences = [list(tok(prompt)["input_ids"]) for prompt in prompts]
+    for prompt, tokens in zip(prompts, sequences, strict=True):
+        if not tokens:
+            raise ValueError(f"the prompt {prompt!r} tokenises to nothing: choose one with text.")
+    input_ids, attention_mask = left_padded(tok, sequences, device)
     mask = attention_mask.bool()
     return TokenBatch(input_ids, attention_mask, mask, torch.zeros_like(mask))

@@ -24,7 +24,7 @@ from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
 from .contexts import as_chat, context_groups, generate_prefixes
 from .frozen_prefix import FrozenPrefix, layer_input_of
-from .requests import EditRequest, pair_batch, prompt_batch
+from .requests import EditRequest, join_target, pair_batch, prompt_batch
 from .trainer import EditOutcome, EditTask, RecordedContexts, ScoredInputs, train_edit
 
 _SCORING_BATCH = 16
@@ -39,12 +39,16 @@ class HeldEdit:
         request: what was asked for.
         memory: index of the side memory.
         prompt: its plain prompt as the router sees it; kept while the shard is open, then None.
+        answered: the prompt with the target behind it, as teacher-forced scoring asks; likewise.
+        irrelevant: its own irrelevant prompt, if it has one; likewise.
         tokens: A(x) of the tokens that rehearsal protects, shape (N, d_in); likewise.
     """
 
     request: EditRequest
     memory: int
     prompt: ScoredInputs | None = None
+    answered: ScoredInputs | None = None
+    irrelevant: ScoredInputs | None = None
     tokens: Tensor | None = None
 
 
@@ -146,12 +150,13 @@ class EditStream:
     def _edit(self, request: EditRequest, on_iteration: Callable[[int, float], None] | None) -> EditOutcome:
         with self._main_memory_only():
             states = self._with_live_shard(self.layer.memories(self.adapter_name))
-            task, own_prompt = self._record(request, len(states) - 1)
+            own_irrelevant = None if request.loc_prompt is None else self._score_inputs([self._rendered(request.loc_prompt)])
+            task = self._record(request, len(states) - 1, own_irrelevant)
             live = states[-1]
             label = f"edit {len(self.held) + 1} ({request.prompt!r} -> {request.target!r})"
             mask = live.mask if live.mask is not None else torch.ones_like(live.delta_weight, dtype=torch.bool)
             outcome = train_edit(live.delta_weight, mask, task, self.hparams, label, on_iteration)
-        held = HeldEdit(request, len(states) - 1, own_prompt, self._rehearsed_tokens(task))
+        held = self._held(request, len(states) - 1, task, own_irrelevant)
         states[-1] = live.with_(delta_weight=outcome.delta_weight, n_edits=live.n_edits + 1)
         self.held.append(held)
         states[-1] = states[-1].with_(epsilon=self._threshold(states[-1], len(states) - 1))
@@ -181,7 +186,7 @@ class EditStream:
             states[-1] = live.with_(stage=SHARD, mask=None)
             # Closed: the stored activations of its edits have served.
             last = len(states) - 1
-            self.held = [replace(h, prompt=None, tokens=None) if h.memory == last else h for h in self.held]
+            self.held = [HeldEdit(h.request, h.memory) if h.memory == last else h for h in self.held]
         shards = [index for index, state in enumerate(states) if state.stage == SHARD]
         if len(shards) < self.hparams.n_shards:
             return states
@@ -212,33 +217,35 @@ class EditStream:
 
     # -- what an edit trains on ---------------------------------------------------------------
 
-    def _record(self, request: EditRequest, memory: int) -> tuple[EditTask, ScoredInputs]:
+    def _record(self, request: EditRequest, memory: int, own_irrelevant: ScoredInputs | None) -> EditTask:
         groups = context_groups(request.prompt, self._context_prefixes(), self.hparams.contexts_per_step)
         contexts = [self._record_contexts(prompts, request.target) for prompts in groups]
-        irrelevant = self._irrelevant_inputs(request)
+        irrelevant = self._irrelevant_inputs(own_irrelevant)
         past = self._past_inputs(memory) if self.hparams.replay else None
         earlier = [h.tokens for h in self.held if h.memory == memory and h.tokens is not None]
-        task = EditTask(contexts, irrelevant, past, torch.cat(earlier) if earlier else None)
-        plain = contexts[0]
-        own_prompt = ScoredInputs(
-            plain.prefix.layer_input[:1],
-            plain.batch.prompt_mask[:1],
-            self._base_output(plain.prefix.layer_output[:1]),
-        )
-        return task, own_prompt
+        return EditTask(contexts, irrelevant, past, torch.cat(earlier) if earlier else None)
 
     def _record_contexts(self, prompts: Sequence[str], target: str) -> RecordedContexts:
-        if self.hparams.use_chat_template:
-            prompts = [as_chat(self.tok, prompt) for prompt in prompts]
-        batch = pair_batch(self.tok, prompts, target, self._device())
+        batch = pair_batch(self.tok, list(map(self._rendered, prompts)), target, self._device())
         return RecordedContexts(batch, FrozenPrefix.record(self.model, self.layer, batch.model_inputs()))
 
-    def _rehearsed_tokens(self, task: EditTask) -> Tensor | None:
-        """A(x) of the edit's own prompt and target: what later edits of the shard should leave alone."""
-        if self.hparams.rehearsal <= 0:
-            return None
+    def _held(
+        self, request: EditRequest, memory: int, task: EditTask, own_irrelevant: ScoredInputs | None
+    ) -> HeldEdit:
+        """The edit with what later edits of the shard need of it: copies, so that the batch can go."""
         plain = task.contexts[0]
-        return plain.prefix.layer_input[0][plain.batch.attention_mask[0].bool()].clone()
+        activations = plain.prefix.layer_input[:1].clone()
+        base = self._base_output(plain.prefix.layer_output[:1].clone())
+        real = plain.batch.attention_mask[:1].bool()
+        return HeldEdit(
+            request,
+            memory,
+            prompt=ScoredInputs(activations, plain.batch.prompt_mask[:1], base),
+            answered=ScoredInputs(activations, real, base),
+            irrelevant=own_irrelevant,
+            # Its own prompt and target are what later edits should leave alone.
+            tokens=activations[real] if self.hparams.rehearsal > 0 else None,
+        )
 
     def _context_prefixes(self) -> list[str]:
         if self._prefixes is None:
@@ -248,24 +255,21 @@ class EditStream:
             )
         return self._prefixes
 
-    def _irrelevant_inputs(self, request: EditRequest) -> ScoredInputs:
+    def _irrelevant_inputs(self, own: ScoredInputs | None) -> ScoredInputs:
         """x_i of Eq. 5: the request's own irrelevant prompt, and packaged neutral ones."""
-        n_neutral = self.hparams.irrelevant_prompts
-        own = [] if request.loc_prompt is None else [self._score_inputs([request.loc_prompt])]
-        if not own:
-            n_neutral = max(n_neutral, 1)
+        n_neutral = max(self.hparams.irrelevant_prompts, 1 if own is None else 0)
         neutral = self._neutral_inputs()
         picked = torch.randperm(len(neutral), generator=self._generator)[:n_neutral]
-        return ScoredInputs.stack([*own, neutral.select(picked)])
+        return ScoredInputs.stack([*([] if own is None else [own]), neutral.select(picked)])
 
     def _neutral_inputs(self) -> ScoredInputs:
         if self._neutral is None:
-            self._neutral = self._score_inputs(neutral_prompts())
+            self._neutral = self._score_inputs(list(map(self._rendered, neutral_prompts())))
         return self._neutral
 
     def _past_inputs(self, memory: int) -> ScoredInputs | None:
         """x_m of Appendix B.3: edits that other memories hold, drawn anew for every edit."""
-        others = [h.request.prompt for h in self.held if h.memory != memory]
+        others = [self._rendered(h.request.prompt) for h in self.held if h.memory != memory]
         if not others:
             return None
         picked = torch.randperm(len(others), generator=self._generator)[:_PAST_EDITS_REPLAYED]
@@ -275,40 +279,42 @@ class EditStream:
 
     def _threshold(self, state: MemoryState, memory: int) -> float:
         """epsilon of a memory, from what its edits and what irrelevant prompts score under its present dW."""
-        edits = self._edit_scores(state.delta_weight, memory)
-        if not edits:
+        mine = [(h, self._rendered(h.request.prompt)) for h in self.held if h.memory == memory]
+        if not mine:
             return state.epsilon
+        edits = self._scores_of(state.delta_weight, [(h.prompt, prompt) for h, prompt in mine])
         if self.hparams.act_ratio is not None:
             return minimum_threshold(edits, self.hparams.act_ratio)
-        scores = self._neutral_scores(state.delta_weight)
-        with self._main_memory_only():
-            own = [h.request.loc_prompt for h in self.held if h.memory == memory and h.request.loc_prompt is not None]
-            if own:
-                scores += self._score_inputs(own).scores(state.delta_weight, self.hparams).tolist()
-        return calibrated_threshold(edits, scores, self.hparams.epsilon_position)
-
-    def _neutral_scores(self, delta_weight: Tensor) -> list[float]:
+        edits += self._scores_of(
+            state.delta_weight, [(h.answered, join_target(prompt, h.request.target)) for h, prompt in mine]
+        )
+        irrelevant = self._scores_of(
+            state.delta_weight,
+            [(h.irrelevant, self._rendered(h.request.loc_prompt)) for h, _ in mine if h.request.loc_prompt is not None],
+        )
         with self._main_memory_only():
             neutral = self._neutral_inputs()
-        return list(neutral.scores(delta_weight, self.hparams).tolist())
+        irrelevant += neutral.scores(state.delta_weight, self.hparams).tolist()
+        return calibrated_threshold(edits, irrelevant, self.hparams.epsilon_position)
 
-    def _edit_scores(self, delta_weight: Tensor, memory: int) -> list[float]:
-        mine = [h for h in self.held if h.memory == memory]
-        inputs = [h.prompt for h in mine if h.prompt is not None]
-        others = [h.request.prompt for h in mine if h.prompt is None]
-        if others:
+    def _scores_of(self, delta_weight: Tensor, prompts: Sequence[tuple[ScoredInputs | None, str]]) -> list[float]:
+        """Delta_act of prompts, from what is stored of them, or from their text where the shard was closed."""
+        inputs = [stored for stored, _ in prompts if stored is not None]
+        texts = [text for stored, text in prompts if stored is None]
+        if texts:
             with self._main_memory_only():
-                inputs.append(self._score_inputs(others))
+                inputs.append(self._score_inputs(texts))
         return list(ScoredInputs.stack(inputs).scores(delta_weight, self.hparams).tolist()) if inputs else []
 
-    def _score_inputs(self, prompts: Sequence[str]) -> ScoredInputs:
-        """Prompts as the router sees them; call it with the side memories off."""
+    def _rendered(self, prompt: str) -> str:
+        """The prompt as the model is asked it: plain, or as a user's turn of a chat."""
+        return as_chat(self.tok, prompt) if self.hparams.use_chat_template else prompt
+
+    def _score_inputs(self, texts: Sequence[str]) -> ScoredInputs:
+        """Rendered prompts as the router sees them; call it with the side memories off."""
         inputs = []
-        for start in range(0, len(prompts), _SCORING_BATCH):
-            texts = list(prompts[start : start + _SCORING_BATCH])
-            if self.hparams.use_chat_template:
-                texts = [as_chat(self.tok, text) for text in texts]
-            batch = prompt_batch(self.tok, texts, self._device())
+        for start in range(0, len(texts), _SCORING_BATCH):
+            batch = prompt_batch(self.tok, texts[start : start + _SCORING_BATCH], self._device())
             with torch.no_grad():
                 activations = layer_input_of(self.model, self.layer, batch.model_inputs())
                 base = self._base_output(activations, compute=True)

