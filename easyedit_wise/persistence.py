@@ -6,11 +6,15 @@ safetensors and everything else is JSON: nothing is ever unpickled.
 
 from __future__ import annotations
 
+import base64
+import ctypes
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +22,12 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .editing.requests import EditRequest
-from .editing.stream import EditStream, HeldEdit
+from .editing.stream import EditStream, HeldEdit, Snapshot
 from .hparams import WISEHyperParams
-from .tuner.attach import attach, check_layer, detach
+from .tuner.attach import attach, detach
 from .tuner.config import WiseConfig
 from .tuner.layer import WiseLayer
 from .tuner.model import find_wise_layers
@@ -31,6 +35,8 @@ from .tuner.model import find_wise_layers
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 EDITS_FILE = "wise_edits.json"
+# PEFT writes a model card beside its adapters.
+_OUR_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE, "README.md"})
 FORMAT_VERSION = 1
 # PEFT's checkpoints name modules as seen from the wrapping PeftModel.
 _PEFT_PREFIX = "base_model.model."
@@ -41,7 +47,7 @@ class AdapterFileError(ValueError):
 
 
 def save_edits(model: nn.Module, path: str | Path, adapter_name: str = "default") -> Path:
-    """Write a model's edits into the folder ``path``; what was there is replaced as a whole.
+    """Write a model's edits into the folder ``path``; edits that were saved there before are replaced as a whole.
 
     Args:
         model: a model that was edited in place.
@@ -52,30 +58,41 @@ def save_edits(model: nn.Module, path: str | Path, adapter_name: str = "default"
         The folder.
 
     Raises:
-        ValueError: the model carries no edits, or ``path`` is a file.
+        ValueError: the model carries no edits of that name, or ``path`` is a file or holds other files.
     """
     layer_name, layer = _only_layer(model)
-    target = Path(path)
+    if adapter_name not in layer.wisemem_config:
+        raise ValueError(
+            f"this model has no set of edits called {adapter_name!r}: it has {', '.join(layer.wisemem_config)}."
+        )
+    target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: edits are saved as a folder, so name another path.")
+    foreign = sorted({entry.name for entry in target.iterdir()} - _OUR_FILES) if target.exists() else []
+    if foreign:
+        raise ValueError(
+            f"{target} holds {foreign[0]!r}, which is not part of saved edits, and a folder is replaced as a whole: "
+            "name one of its own for the edits."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    tensors = {_PEFT_PREFIX + key: value.detach().cpu().contiguous() for key, value in state.items()}
+    tensors = {
+        _PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): value.detach().cpu().contiguous() for key, value in state.items()
+    }
     # Written aside and moved into place, so that a crash leaves the old folder or the new one.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
         layer.wisemem_config[adapter_name].save_pretrained(str(aside))
-        (aside / EDITS_FILE).write_text(
-            json.dumps(_edits_record(layer, layer_name, adapter_name), indent=1, ensure_ascii=False),
-            encoding="utf-8",
-        )
+        record = _edits_record(layer, layer_name, adapter_name)
+        # A device is the one setting that need not be a plain value; its name says as much.
+        text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
+        (aside / EDITS_FILE).write_text(text, encoding="utf-8")
         aside.chmod(0o755)
         _replace_folder(aside, target)
-    except BaseException:
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
-    return target
+    return Path(path)
 
 
 def load_edits(
@@ -85,13 +102,13 @@ def load_edits(
     tok: Any = None,
     hparams: WISEHyperParams | None = None,
 ) -> WiseLayer:
-    """Attach saved edits to a model, in place.
+    """Attach saved edits to a model, in place; edits of the same name that it carries are replaced.
 
     Args:
         model: the model that the edits were made for, or the same one freshly loaded.
         path: a folder that :func:`save_edits` or PEFT's ``save_pretrained`` wrote.
         adapter_name: the name that the set of edits gets.
-        tok: the tokenizer; with it the stream of edits can be continued.
+        tok: the tokenizer, to continue the stream of edits with; ``apply_wise_to_model`` brings its own.
         hparams: settings to continue with; None takes the saved ones.
 
     Returns:
@@ -101,35 +118,44 @@ def load_edits(
         AdapterFileError: a file is missing, damaged, or does not fit this model; the model is as before.
     """
     folder = Path(path)
-    config, tensors, record = _read_config(folder), _read_tensors(folder), _read_record(folder)
-    fresh = not find_wise_layers(model)
-    try:
-        if config.target_modules and len(config.target_modules) == 1:
-            check_layer(model, next(iter(config.target_modules)))
-        layer = attach(model, config, adapter_name)
-        result = set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+    config, tensors = _read_config(folder), _read_tensors(folder)
+    record = _read_record(folder, n_memories=len(config.memories))
+    with _all_or_nothing(model, adapter_name):
+        try:
+            layer = attach(model, config, adapter_name)
+            result = set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+            made_for = config.base_model_name_or_path
+            raise AdapterFileError(
+                f"the edits in {folder} do not fit this model: {error} Load them onto the model that they were made "
+                f"for{f', {made_for}' if made_for else ''}."
+            ) from error
         expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        absent = sorted(set(expected) - {key.removeprefix(_PEFT_PREFIX) for key in tensors})
+        absent = {key.removeprefix(_PEFT_PREFIX) for key in expected} - {
+            key.removeprefix(_PEFT_PREFIX) for key in tensors
+        }
         if absent or result.unexpected_keys:
             raise AdapterFileError(
                 f"{folder / WEIGHTS_FILE} does not hold what {CONFIG_FILE} says: "
-                f"{(absent or list(result.unexpected_keys))[0]!r} does not match. Take both files from the same save."
+                f"{min(absent or result.unexpected_keys)!r} does not match. Take both files from the same save."
             )
-    except (ValueError, RuntimeError) as error:
-        if fresh:
-            detach(model)
-        if isinstance(error, AdapterFileError):
-            raise
-        raise AdapterFileError(f"the edits in {folder} do not fit this model: {error}") from error
-    layer.set_adapter(adapter_name, inference_mode=True)
-    if tok is not None:
-        _continue_stream(model, tok, hparams, layer, adapter_name, record)
+        layer.edit_stream = _continued_stream(model, tok, hparams or record.settings, layer, adapter_name, record)
     return layer
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What ``wise_edits.json`` says; all of it empty for a folder that PEFT's own ``save_pretrained`` wrote."""
+
+    settings: WISEHyperParams | None = None
+    held: tuple[HeldEdit, ...] = ()
+    generator_state: Tensor | None = None
 
 
 def _edits_record(layer: WiseLayer, layer_name: str, adapter_name: str) -> dict[str, Any]:
     stream = layer.edit_stream
-    held = stream.held if isinstance(stream, EditStream) else []
+    if not isinstance(stream, EditStream) or stream.adapter_name != adapter_name:
+        stream = None
     return {
         "format_version": FORMAT_VERSION,
         "method": "WISE",
@@ -146,28 +172,77 @@ def _edits_record(layer: WiseLayer, layer_name: str, adapter_name: str) -> dict[
                 "loc_prompt": edit.request.loc_prompt,
                 "memory": edit.memory,
             }
-            for edit in held
+            for edit in (stream.held if stream else [])
         ],
-        "settings": stream.hparams.to_dict() if isinstance(stream, EditStream) else None,
+        "settings": stream.hparams.to_dict() if stream else None,
+        # Without it the next shard would get the first one's mask again.
+        "generator": _encoded(stream.snapshot().generator_state) if stream else None,
     }
 
 
-def _continue_stream(
+def _encoded(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _decoded(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
+
+
+def _continued_stream(
     model: nn.Module,
     tok: Any,
-    hparams: WISEHyperParams | None,
+    settings: WISEHyperParams | None,
     layer: WiseLayer,
     adapter_name: str,
-    record: Mapping[str, Any],
-) -> None:
-    settings = hparams
+    record: _Record,
+) -> EditStream | None:
+    """The stream with its edits and its place in the random numbers; None if there are no settings for one."""
     if settings is None:
-        if not record.get("settings"):
-            return  # saved by PEFT alone: the edits answer, and a first call with settings opens a new stream
-        settings = WISEHyperParams.from_dict(record["settings"])
+        return None
     stream = EditStream(model, tok, settings, layer, adapter_name)
-    stream.held = [HeldEdit(EditRequest.from_easyedit(edit), int(edit["memory"])) for edit in record.get("edits", [])]
-    layer.edit_stream = stream
+    fresh = stream.snapshot()
+    state = fresh.generator_state if record.generator_state is None else record.generator_state
+    stream.restore(Snapshot(fresh.states, record.held, state))
+    return stream
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Set the adapter of that name aside; put everything back if what happens inside fails."""
+    layers = list(find_wise_layers(model).values())
+    if not layers:
+        try:
+            yield
+        except BaseException:
+            detach(model)
+            raise
+        return
+    configs = model.__dict__["peft_config"]
+    before = dict(configs)
+    layers_before = [
+        (layer, dict(layer.wisemem_memories.items()), dict(layer.wisemem_config), layer._active_adapter)
+        for layer in layers
+    ]
+    streams = [(layer, layer.edit_stream, layer.last_route) for layer in layers]
+    trainable = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
+    try:
+        configs.pop(adapter_name, None)
+        for layer in layers:
+            if adapter_name in layer.wisemem_config:
+                del layer.wisemem_config[adapter_name], layer.wisemem_memories[adapter_name]
+        yield
+    except BaseException:
+        configs.clear()
+        configs.update(before)
+        for layer, memories, layer_configs, active in layers_before:
+            layer.wisemem_memories = nn.ModuleDict(memories)
+            layer.wisemem_config = layer_configs
+            layer._active_adapter = active
+        for layer, layer.edit_stream, layer.last_route in streams:
+            pass
+        for parameter, required in trainable:
+            parameter.requires_grad_(required)
+        raise
 
 
 def _only_layer(model: nn.Module) -> tuple[str, WiseLayer]:
@@ -206,35 +281,65 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _read_record(folder: Path) -> Mapping[str, Any]:
+def _read_record(folder: Path, n_memories: int) -> _Record:
     """The list of edits; a folder that PEFT's own ``save_pretrained`` wrote has none."""
     path = folder / EDITS_FILE
     if not path.is_file():
-        return {}
+        return _Record()
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        version = int(record.get("format_version", 0))
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        version = int(values.get("format_version", 0))
+        if version > FORMAT_VERSION:
+            raise AdapterFileError(
+                f"{path} has format {version}, and this version reads up to {FORMAT_VERSION}: update easyedit_wise."
+            )
+        return _parsed_record(values, n_memories)
+    except AdapterFileError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
         raise AdapterFileError(
             f"{path} is damaged ({error}): take it from a backup or save the edits again."
         ) from error
-    if version > FORMAT_VERSION:
-        raise AdapterFileError(
-            f"{path} has format {version}, and this version reads up to {FORMAT_VERSION}: update easyedit_wise."
-        )
-    return dict(record)
+
+
+def _parsed_record(values: Mapping[str, Any], n_memories: int) -> _Record:
+    settings, generator = values.get("settings"), values.get("generator")
+    held = tuple(HeldEdit(EditRequest.from_easyedit(edit), int(edit["memory"])) for edit in values.get("edits", []))
+    if any(not 0 <= edit.memory < n_memories for edit in held):
+        raise ValueError(f"an edit is in a memory that does not exist, the adapter has {n_memories}")
+    state = None if generator is None else _decoded(generator)
+    if state is not None:
+        torch.Generator().set_state(state)  # refuses what is not a generator's state
+    return _Record(WISEHyperParams.from_dict(settings) if settings else None, held, state)
 
 
 def _replace_folder(new: Path, target: Path) -> None:
+    """Put ``new`` where ``target`` is, in one step where the system can; ``new`` may hold the old folder then."""
     if not target.exists():
         os.replace(new, target)
         return
+    if _exchange(new, target):
+        return
+    # Two steps elsewhere: for a moment there is no folder of this name, and a failure puts the old one back.
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    os.replace(target, old / "old")
     try:
+        os.replace(target, old / "old")
         os.replace(new, target)
-    except OSError:
-        os.replace(old / "old", target)
+    except BaseException:
+        if (old / "old").exists() and not target.exists():
+            os.replace(old / "old", target)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders at once (Linux's renameat2); False where that is not to be had."""
+    at_working_directory, exchange = -100, 2
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    return bool(
+        renameat2(at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other), exchange) == 0
+    )

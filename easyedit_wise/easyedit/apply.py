@@ -146,7 +146,7 @@ def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStrea
     if not isinstance(stream, EditStream) or stream.model is not model:
         stream = EditStream(model, tok, hparams, layer, ADAPTER_NAME)
         layer.edit_stream = stream
-    stream.tok, stream.hparams = tok, hparams
+    stream.use(tok, hparams)
     return stream
 
 

@@ -92,7 +92,7 @@ class TokenBatch:
 
 def join_target(prompt: str, target: str) -> str:
     """The text "prompt target", with one space between unless the prompt ends in white space."""
-    return prompt + target if prompt.endswith((" ", "\n")) or not target else f"{prompt} {target}"
+    return prompt + target if prompt[-1:].isspace() or not target else f"{prompt} {target}"
 
 
 def encode_pair(tok: Any, prompt: str, target: str) -> tuple[list[int], int]:

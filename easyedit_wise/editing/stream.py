@@ -7,27 +7,24 @@ in what a merge does: fold the shards into the one memory, or append one more.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data import neutral_prompts
 from ..hparams import WISEHyperParams
 from ..merging import merge
 from ..routing import calibrated_threshold, minimum_threshold
 from ..sharding import random_mask
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
-from .contexts import as_chat, context_groups, generate_prefixes
-from .frozen_prefix import FrozenPrefix, layer_input_of
-from .requests import EditRequest, join_target, pair_batch, prompt_batch
-from .trainer import EditOutcome, EditTask, RecordedContexts, ScoredInputs, train_edit
+from .contexts import context_groups
+from .recorder import PromptRecorder, first_row
+from .requests import EditRequest, join_target
+from .trainer import EditOutcome, EditTask, ScoredInputs, train_edit
 
-_SCORING_BATCH = 16
 _PAST_EDITS_REPLAYED = 8
 
 
@@ -81,14 +78,25 @@ class EditStream:
         adapter_name: str = "default",
     ) -> None:
         self.model = model
-        self.tok = tok
-        self.hparams = hparams
         self.layer = layer
         self.adapter_name = adapter_name
         self.held: list[HeldEdit] = []
         self._generator = torch.Generator().manual_seed(hparams.seed)
-        self._prefixes: list[str] | None = None
-        self._neutral: ScoredInputs | None = None
+        self._recorder = PromptRecorder(model, tok, hparams, layer)
+
+    @property
+    def hparams(self) -> WISEHyperParams:
+        """The settings of the edits to come."""
+        return self._recorder.hparams
+
+    @property
+    def tok(self) -> Any:
+        """The tokenizer."""
+        return self._recorder.tok
+
+    def use(self, tok: Any, hparams: WISEHyperParams) -> None:
+        """Go on with another tokenizer object or other settings."""
+        self._recorder.tok, self._recorder.hparams = tok, hparams
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EditStream:
         # With a copied model the stream goes on independently; the tokenizer has no state and is shared.
@@ -102,7 +110,7 @@ class EditStream:
         memo[id(self)] = copied
         copied.held = list(self.held)
         copied._generator.set_state(self._generator.get_state())
-        copied._prefixes, copied._neutral = self._prefixes, self._neutral
+        copied._recorder.share_recordings(self._recorder)
         return copied
 
     # -- the stream ---------------------------------------------------------------------------
@@ -148,10 +156,10 @@ class EditStream:
         self._generator.set_state(snapshot.generator_state)
 
     def _edit(self, request: EditRequest, on_iteration: Callable[[int, float], None] | None) -> EditOutcome:
-        with self._main_memory_only():
-            states = self._with_live_shard(self.layer.memories(self.adapter_name))
-            own_irrelevant = None if request.loc_prompt is None else self._score_inputs([self._rendered(request.loc_prompt)])
-            task = self._record(request, len(states) - 1, own_irrelevant)
+        states = self._with_live_shard(self.layer.memories(self.adapter_name))
+        own_irrelevant = None if request.loc_prompt is None else self._scored(request.loc_prompt)
+        task = self._record(request, len(states) - 1, own_irrelevant)
+        with self._recorder.main_memory_only():
             live = states[-1]
             label = f"edit {len(self.held) + 1} ({request.prompt!r} -> {request.target!r})"
             mask = live.mask if live.mask is not None else torch.ones_like(live.delta_weight, dtype=torch.bool)
@@ -218,68 +226,52 @@ class EditStream:
     # -- what an edit trains on ---------------------------------------------------------------
 
     def _record(self, request: EditRequest, memory: int, own_irrelevant: ScoredInputs | None) -> EditTask:
-        groups = context_groups(request.prompt, self._context_prefixes(), self.hparams.contexts_per_step)
-        contexts = [self._record_contexts(prompts, request.target) for prompts in groups]
+        groups = context_groups(request.prompt, self._recorder.prefixes(), self.hparams.contexts_per_step)
+        contexts = [self._recorder.contexts(prompts, request.target) for prompts in groups]
         irrelevant = self._irrelevant_inputs(own_irrelevant)
         past = self._past_inputs(memory) if self.hparams.replay else None
         earlier = [h.tokens for h in self.held if h.memory == memory and h.tokens is not None]
         return EditTask(contexts, irrelevant, past, torch.cat(earlier) if earlier else None)
 
-    def _record_contexts(self, prompts: Sequence[str], target: str) -> RecordedContexts:
-        batch = pair_batch(self.tok, list(map(self._rendered, prompts)), target, self._device())
-        return RecordedContexts(batch, FrozenPrefix.record(self.model, self.layer, batch.model_inputs()))
-
-    def _held(
-        self, request: EditRequest, memory: int, task: EditTask, own_irrelevant: ScoredInputs | None
-    ) -> HeldEdit:
+    def _held(self, request: EditRequest, memory: int, task: EditTask, own_irrelevant: ScoredInputs | None) -> HeldEdit:
         """The edit with what later edits of the shard need of it: copies, so that the batch can go."""
-        plain = task.contexts[0]
-        activations = plain.prefix.layer_input[:1].clone()
-        base = self._base_output(plain.prefix.layer_output[:1].clone())
-        real = plain.batch.attention_mask[:1].bool()
+        plain, keep_base = task.contexts[0], self._recorder.keeps_base_output
+        real = plain.batch.attention_mask.bool()
+        answered = first_row(plain, real, keep_base)
         return HeldEdit(
             request,
             memory,
-            prompt=ScoredInputs(activations, plain.batch.prompt_mask[:1], base),
-            answered=ScoredInputs(activations, real, base),
+            prompt=first_row(plain, plain.batch.prompt_mask, keep_base),
+            answered=answered,
             irrelevant=own_irrelevant,
             # Its own prompt and target are what later edits should leave alone.
-            tokens=activations[real] if self.hparams.rehearsal > 0 else None,
+            tokens=answered.activations[real[:1]] if self.hparams.rehearsal > 0 else None,
         )
 
-    def _context_prefixes(self) -> list[str]:
-        if self._prefixes is None:
-            generator = torch.Generator().manual_seed(self.hparams.seed)
-            self._prefixes = generate_prefixes(
-                self.model, self.tok, self.hparams.n_contexts, self.hparams.context_length, generator
-            )
-        return self._prefixes
+    def _scored(self, prompt: str) -> ScoredInputs:
+        return self._recorder.scored([self._recorder.rendered(prompt)])
 
     def _irrelevant_inputs(self, own: ScoredInputs | None) -> ScoredInputs:
         """x_i of Eq. 5: the request's own irrelevant prompt, and packaged neutral ones."""
         n_neutral = max(self.hparams.irrelevant_prompts, 1 if own is None else 0)
-        neutral = self._neutral_inputs()
+        neutral = self._recorder.neutral()
         picked = torch.randperm(len(neutral), generator=self._generator)[:n_neutral]
         return ScoredInputs.stack([*([] if own is None else [own]), neutral.select(picked)])
 
-    def _neutral_inputs(self) -> ScoredInputs:
-        if self._neutral is None:
-            self._neutral = self._score_inputs(list(map(self._rendered, neutral_prompts())))
-        return self._neutral
-
     def _past_inputs(self, memory: int) -> ScoredInputs | None:
         """x_m of Appendix B.3: edits that other memories hold, drawn anew for every edit."""
-        others = [self._rendered(h.request.prompt) for h in self.held if h.memory != memory]
+        others = [self._recorder.rendered(h.request.prompt) for h in self.held if h.memory != memory]
         if not others:
             return None
         picked = torch.randperm(len(others), generator=self._generator)[:_PAST_EDITS_REPLAYED]
-        return self._score_inputs([others[index] for index in picked.tolist()])
+        return self._recorder.scored([others[index] for index in picked.tolist()])
 
     # -- thresholds ---------------------------------------------------------------------------
 
     def _threshold(self, state: MemoryState, memory: int) -> float:
         """epsilon of a memory, from what its edits and what irrelevant prompts score under its present dW."""
-        mine = [(h, self._rendered(h.request.prompt)) for h in self.held if h.memory == memory]
+        rendered = self._recorder.rendered
+        mine = [(h, rendered(h.request.prompt)) for h in self.held if h.memory == memory]
         if not mine:
             return state.epsilon
         edits = self._scores_of(state.delta_weight, [(h.prompt, prompt) for h, prompt in mine])
@@ -290,11 +282,9 @@ class EditStream:
         )
         irrelevant = self._scores_of(
             state.delta_weight,
-            [(h.irrelevant, self._rendered(h.request.loc_prompt)) for h, _ in mine if h.request.loc_prompt is not None],
+            [(h.irrelevant, rendered(h.request.loc_prompt)) for h, _ in mine if h.request.loc_prompt is not None],
         )
-        with self._main_memory_only():
-            neutral = self._neutral_inputs()
-        irrelevant += neutral.scores(state.delta_weight, self.hparams).tolist()
+        irrelevant += self._recorder.neutral().scores(state.delta_weight, self.hparams).tolist()
         return calibrated_threshold(edits, irrelevant, self.hparams.epsilon_position)
 
     def _scores_of(self, delta_weight: Tensor, prompts: Sequence[tuple[ScoredInputs | None, str]]) -> list[float]:
@@ -302,46 +292,5 @@ class EditStream:
         inputs = [stored for stored, _ in prompts if stored is not None]
         texts = [text for stored, text in prompts if stored is None]
         if texts:
-            with self._main_memory_only():
-                inputs.append(self._score_inputs(texts))
+            inputs.append(self._recorder.scored(texts))
         return list(ScoredInputs.stack(inputs).scores(delta_weight, self.hparams).tolist()) if inputs else []
-
-    def _rendered(self, prompt: str) -> str:
-        """The prompt as the model is asked it: plain, or as a user's turn of a chat."""
-        return as_chat(self.tok, prompt) if self.hparams.use_chat_template else prompt
-
-    def _score_inputs(self, texts: Sequence[str]) -> ScoredInputs:
-        """Rendered prompts as the router sees them; call it with the side memories off."""
-        inputs = []
-        for start in range(0, len(texts), _SCORING_BATCH):
-            batch = prompt_batch(self.tok, texts[start : start + _SCORING_BATCH], self._device())
-            with torch.no_grad():
-                activations = layer_input_of(self.model, self.layer, batch.model_inputs())
-                base = self._base_output(activations, compute=True)
-            inputs.append(ScoredInputs(activations, batch.prompt_mask, base))
-        return ScoredInputs.stack(inputs)
-
-    def _base_output(self, value: Tensor, compute: bool = False) -> Tensor | None:
-        """W_v a, kept only where EasyEdit's score needs it."""
-        if self.hparams.score_activation is None:
-            return None
-        return self.layer.base_layer(value) if compute else value
-
-    # -- the model ----------------------------------------------------------------------------
-
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    @contextmanager
-    def _main_memory_only(self) -> Iterator[None]:
-        """The model as it was before any edit, in eval mode; both are put back afterwards."""
-        in_training = [module for module in self.model.modules() if module.training]
-        was_disabled = self.layer._disable_adapters
-        self.model.eval()
-        self.layer._disable_adapters = True
-        try:
-            yield
-        finally:
-            self.layer._disable_adapters = was_disabled
-            for module in in_training:
-                module.training = True

@@ -54,9 +54,7 @@ class TokenPrediction:
         return math.exp(loss) if loss < 700.0 else math.inf
 
 
-def teacher_forced(
-    model: Any, tok: Any, queries: Sequence[Query], batch_size: int = 16
-) -> list[TokenPrediction]:
+def teacher_forced(model: Any, tok: Any, queries: Sequence[Query], batch_size: int = 16) -> list[TokenPrediction]:
     """Let the model predict every token of each query's answer from what stands before it.
 
     Prompt and answer are tokenised together, joined by one space unless there is white space

@@ -101,9 +101,7 @@ def _checked(name: str, values: Sequence[float]) -> list[float]:
         raise ValueError(f"The group {name!r} has no routing score.")
     for score in scores:
         if not math.isfinite(score) or score < 0:
-            raise ValueError(
-                f"The group {name!r} has the routing score {score}; a score is finite and not negative."
-            )
+            raise ValueError(f"The group {name!r} has the routing score {score}; a score is finite and not negative.")
     return scores
 
 

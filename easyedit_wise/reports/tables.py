@@ -134,9 +134,7 @@ def scores_table(
     wanted = dict(targets or {})
     unknown = sorted(wanted.keys() - shown.keys())
     if unknown:
-        raise ValueError(
-            f"There is no score for the targets {', '.join(unknown)}; there are: {', '.join(shown)}."
-        )
+        raise ValueError(f"There is no score for the targets {', '.join(unknown)}; there are: {', '.join(shown)}.")
     table = Table(title=title, title_justify="left", header_style="bold")
     table.add_column("Score")
     for heading in ("Before", "After"):

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
+import warnings
 
 from peft import inject_adapter_in_model
-from peft.tuners.tuners_utils import _get_in_out_features
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from .config import WiseConfig
 from .hooks import remove_hooks
-from .layer import WiseLayer
+from .layer import WiseLayer, linear_map_shape
 from .model import find_wise_layers, other_tuners
 from .registration import register_with_peft
 
 _TRAINABLE = "_wise_trainable_before"
+_TRANSFORMERS_FLAG = "_hf_peft_config_loaded"
 
 
 def module_name_of(parameter: str) -> str:
@@ -41,11 +44,7 @@ def check_layer(model: nn.Module, parameter: str) -> str:
 
 
 def _is_linear_map(module: nn.Module) -> bool:
-    if isinstance(module, WiseLayer):
-        return True
-    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
-        return False
-    return None not in _get_in_out_features(module) and hasattr(module, "weight")
+    return isinstance(module, WiseLayer) or (hasattr(module, "weight") and linear_map_shape(module) is not None)
 
 
 def _names_that_fit(name: str, fitting: list[str]) -> str:
@@ -72,14 +71,15 @@ def attach(model: nn.Module, config: WiseConfig, adapter_name: str = "default") 
 
     Args:
         model: a Hugging Face model, or any module; it keeps its class and all attributes.
-        config: names exactly one module.
-        adapter_name: the adapter that edits go into.
+        config: names exactly one module; the model keeps a copy of it.
+        adapter_name: the adapter that edits go into. A model may carry several, all in the same layer.
 
     Returns:
         The layer.
 
     Raises:
-        ValueError: the model carries another PEFT method, or other than one layer matches.
+        ValueError: the model carries another PEFT method, other than one layer matches, the layer is no
+            linear map, or the model's edits are in another one; the model is as before.
     """
     register_with_peft()
     foreign = other_tuners(model)
@@ -88,19 +88,57 @@ def attach(model: nn.Module, config: WiseConfig, adapter_name: str = "default") 
             f"this model already carries the PEFT method {', '.join(foreign)}: merge it into the weights "
             "(merge_and_unload()) or take it off (unload()) first, then edit."
         )
-    if not find_wise_layers(model):
-        trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        inject_adapter_in_model(config, model, adapter_name)
-        model.__dict__[_TRAINABLE] = trainable
-    elif adapter_name not in next(iter(find_wise_layers(model).values())).wisemem_memories:
-        inject_adapter_in_model(config, model, adapter_name)
+    if "." in adapter_name:
+        raise ValueError(f"adapter_name is {adapter_name!r}: PyTorch allows no dot in it, so leave it out.")
+    name = _only_match(model, config)
     layers = find_wise_layers(model)
-    if len(layers) != 1:
-        detach(model)
-        raise ValueError(f"WISE edits exactly one layer, but {len(layers)} match: {', '.join(layers)}.")
-    layer = next(iter(layers.values()))
+    if layers and name not in layers:
+        raise ValueError(
+            f"this model's edits are in {next(iter(layers))}, but the new ones go to {name}: all edits of a model are "
+            "in one layer. Take the present ones off first (detach), or name the same layer."
+        )
+    if not layers or adapter_name not in layers[name].wisemem_memories:
+        config = copy.deepcopy(config)
+        config.target_modules = {name}  # type: ignore[assignment]  # a set is PEFT's own convention
+        _inject(model, config, adapter_name, fresh=not layers)
+    layer = find_wise_layers(model)[name]
     layer.set_adapter(adapter_name, inference_mode=True)
     return layer
+
+
+def _only_match(model: nn.Module, config: WiseConfig) -> str:
+    """The one module that a configuration names, as PEFT would match it."""
+    inside = tuple(f"{name}." for name in find_wise_layers(model))
+    names = [name for name, _ in model.named_modules() if name and not name.startswith(inside)]
+    matching = [name for name in names if config.target_modules and check_target_module_exists(config, name)]
+    if not matching and isinstance(config.target_modules, set) and len(config.target_modules) == 1:
+        return check_layer(model, next(iter(config.target_modules)))  # names those that fit
+    if len(matching) != 1:
+        found = f"{len(matching)} match: {', '.join(matching)}" if matching else f"{config.target_modules} names none"
+        raise ValueError(f"WISE edits exactly one layer, but {found}.")
+    return check_layer(model, matching[0])
+
+
+def _inject(model: nn.Module, config: WiseConfig, adapter_name: str, fresh: bool) -> None:
+    """PEFT's injection, or nothing at all if it fails."""
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if fresh:
+        model.__dict__[_TRAINABLE] = trainable
+    try:
+        with warnings.catch_warnings():
+            # A second set of edits on the same layer is meant.
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            inject_adapter_in_model(config, model, adapter_name)
+    except BaseException:
+        if fresh:
+            detach(model)
+        else:
+            model.__dict__["peft_config"].pop(adapter_name, None)
+        raise
+    if hasattr(type(model), _TRANSFORMERS_FLAG):
+        # transformers then saves the edits as an adapter; it would else write a checkpoint with our names
+        # in it, which loads with a random matrix in place of the edited layer's.
+        model.__dict__[_TRANSFORMERS_FLAG] = True
 
 
 def detach(model: nn.Module) -> None:
@@ -111,5 +149,6 @@ def detach(model: nn.Module) -> None:
     remove_hooks(model)
     if isinstance(getattr(model, "peft_config", None), dict):
         del model.peft_config
+    model.__dict__.pop(_TRANSFORMERS_FLAG, None)
     for name in model.__dict__.pop(_TRAINABLE, []):
         model.get_parameter(name).requires_grad_(True)

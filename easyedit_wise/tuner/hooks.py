@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .scope import RoutingScope
 
 _MARK = "_wise_routing_hooks"
+_GENERATE_BEFORE = "_wise_generate_before"
 
 
 class _Enter:
@@ -38,19 +40,21 @@ class _Leave:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         cache = kwargs.get("past_key_values")
-        if cache is None and output is not None:
+        if cache is None:
             cache = getattr(output, "past_key_values", None)
+        if cache is None and isinstance(output, tuple):  # return_dict=False
+            cache = next((part for part in output if hasattr(part, "get_seq_length")), None)
         self.scope.end(cache)
 
 
-def _generate_in_scope(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _generate_in_scope(model: Any, *args: Any, **kwargs: Any) -> Any:
     """The model's own ``generate`` inside one routing scope."""
-    enter = self.__dict__[_MARK][0]
-    scope: RoutingScope = next(
-        hook.scope for key, hook in self._forward_pre_hooks.items() if key == enter and isinstance(hook, _Enter)
-    )
-    with scope.generating():
-        return type(self).generate(self, *args, **kwargs)
+    generate = model.__dict__.get(_GENERATE_BEFORE) or partial(type(model).generate, model)
+    if _MARK not in model.__dict__:  # taken off, but somebody kept the function
+        return generate(*args, **kwargs)
+    enter = model._forward_pre_hooks[model.__dict__[_MARK][0].id]
+    with enter.scope.generating():
+        return generate(*args, **kwargs)
 
 
 def install_hooks(model: nn.Module, scope: RoutingScope) -> None:
@@ -59,23 +63,19 @@ def install_hooks(model: nn.Module, scope: RoutingScope) -> None:
         return
     enter = model.register_forward_pre_hook(_Enter(scope), with_kwargs=True)
     leave = model.register_forward_hook(_Leave(scope), with_kwargs=True, always_call=True)
-    # Plain ids, not handles: they survive a deep copy of the model, and so does a bound method,
-    # whose copy is bound to the copied model.
-    model.__dict__[_MARK] = (enter.id, leave.id)
+    # Handles and a partial (not a bound method) survive pickling and a deep copy, and then belong to the copy.
+    model.__dict__[_MARK] = (enter, leave)
     if callable(getattr(type(model), "generate", None)):
-        model.__dict__["generate"] = _generate_in_scope.__get__(model)
+        if "generate" in model.__dict__:
+            model.__dict__[_GENERATE_BEFORE] = model.__dict__["generate"]
+        model.__dict__["generate"] = partial(_generate_in_scope, model)
 
 
 def remove_hooks(model: nn.Module) -> None:
     """Take the hooks off again; the model is then as it was before :func:`install_hooks`."""
-    ids = model.__dict__.pop(_MARK, None)
-    if ids is None:
-        return
-    enter, leave = ids
-    model._forward_pre_hooks.pop(enter, None)
-    model._forward_pre_hooks_with_kwargs.pop(enter, None)
-    model._forward_hooks.pop(leave, None)
-    model._forward_hooks_with_kwargs.pop(leave, None)
-    model._forward_hooks_always_called.pop(leave, None)
-    if getattr(model.__dict__.get("generate"), "__func__", None) is _generate_in_scope:
+    for handle in model.__dict__.pop(_MARK, ()):
+        handle.remove()
+    if getattr(model.__dict__.get("generate"), "func", None) is _generate_in_scope:
         del model.__dict__["generate"]
+        if _GENERATE_BEFORE in model.__dict__:
+            model.__dict__["generate"] = model.__dict__.pop(_GENERATE_BEFORE)

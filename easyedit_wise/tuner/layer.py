@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ class WiseLayer(nn.Module, BaseTunerLayer):
     Attributes:
         wisemem_memories: side memories of each adapter, in the order in which they were made.
         routing_scope: shared by the layers of one model; knows padding and what a call continues.
-        last_route: the decision of the last prefill, or None.
+        last_route: the decision of the last prefill; None if the adapters were off.
         edit_stream: whoever edits this layer keeps its state here, so that it lives and dies with it.
             The tuner does not look into it.
     """
@@ -56,12 +57,12 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         self.edit_stream: Any = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        in_features, out_features = _get_in_out_features(self.get_base_layer())
-        if in_features is None or out_features is None:
-            raise TypeError(
+        shape = linear_map_shape(self.get_base_layer())
+        if shape is None:
+            raise ValueError(
                 f"{type(base_layer).__name__} is not a linear map: a side memory needs one, such as mlp.down_proj."
             )
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features = shape
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -122,6 +123,7 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         """
         base_output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
+            self.last_route = None
             return base_output
         memories = self._active_memories()
         if not memories:
@@ -147,9 +149,11 @@ class WiseLayer(nn.Module, BaseTunerLayer):
     def _routed(self, x: Tensor, base_output: Tensor, memories: list[tuple[str, SideMemory, WiseConfig]]) -> Tensor:
         names = tuple(name for name, _, _ in memories)
         held = self.routing_scope.held_route(self, x.shape[0])
-        if held is not None and held.memories == names:
+        if held is not None and held.memories != names:
+            held = None
+        if held is not None and held.decided is None:
             return self._follow(held, x, base_output, memories)
-        return self._decide(x, base_output, memories, names)
+        return self._decide(x, base_output, memories, names, held)
 
     def _follow(
         self,
@@ -172,22 +176,30 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         base_output: Tensor,
         memories: list[tuple[str, SideMemory, WiseConfig]],
         names: tuple[str, ...],
+        earlier: Route | None = None,
     ) -> Tensor:
-        """Score every memory (Eq. 3), choose per sequence (Eq. 6), and keep the decision for decoding."""
+        """Score every memory (Eq. 3), choose per sequence (Eq. 6), and keep the decision for decoding.
+
+        Sequences that ``earlier`` has decided stay as they are.
+        """
         token_mask = self.routing_scope.token_mask(x.shape[0], x.shape[1], x.device)
         epsilon = torch.stack([memory.epsilon.to(x.device) for _, memory, _ in memories])
         scores: list[Tensor] = []
         chosen = base_output
-        best = torch.full((x.shape[0],), -torch.inf, device=x.device)
+        choice = torch.full((x.shape[0],), MAIN_MEMORY, device=x.device)
         for index, (_, memory, config) in enumerate(memories):
             product = self._product(x, memory.delta_weight)
             score = self._score(product, base_output, token_mask, config)
-            scores.append(score)
-            better = (score > epsilon[index]) & (score > best)
-            best = torch.where(better, score, best)
-            chosen = torch.where(better[:, None, None], base_output + product.to(base_output.dtype), chosen)
-        stacked = torch.stack(scores, dim=-1).detach()
-        route = Route(choose_memory(stacked, epsilon), stacked, epsilon, names)
+            if earlier is not None and earlier.decided is not None:
+                score = torch.where(earlier.decided, earlier.scores[:, index], score)
+            scores.append(score.detach())
+            # Eq. 6 among the memories so far; only the outputs of the best one are kept.
+            choice = choose_memory(torch.stack(scores, dim=-1), epsilon[: index + 1])
+            chosen = torch.where((choice == index)[:, None, None], base_output + product.to(base_output.dtype), chosen)
+        decided = None if token_mask is None else token_mask.bool().any(dim=-1)
+        if decided is not None and earlier is not None and earlier.decided is not None:
+            decided = decided | earlier.decided
+        route = Route(choice, torch.stack(scores, dim=-1), epsilon, names, decided)
         self.last_route = route
         self.routing_scope.hold(self, route)
         return chosen if route.active else base_output
@@ -235,4 +247,14 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         return "wise." + super().__repr__()
 
 
-__all__ = ["MAIN_MEMORY", "MemoryState", "SideMemory", "WiseLayer"]
+def linear_map_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(d_in, d_out) of a linear map, quantised ones too; None for everything else."""
+    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of each type that it does not know
+        d_in, d_out = _get_in_out_features(module)
+    return None if d_in is None or d_out is None else (d_in, d_out)
+
+
+__all__ = ["MAIN_MEMORY", "MemoryState", "SideMemory", "WiseLayer", "linear_map_shape"]

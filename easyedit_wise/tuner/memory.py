@@ -64,6 +64,13 @@ class SideMemory(nn.Module):
         self.register_buffer("epsilon", torch.tensor(float(state.epsilon), dtype=torch.float32, device=device))
         self.register_buffer("n_edits", torch.tensor(int(state.n_edits), dtype=torch.int64, device=device))
 
+    def _apply(self, fn: Any, recurse: bool = True) -> SideMemory:
+        # model.half() and model.to(torch.bfloat16) cast every floating buffer: not this one, see above.
+        epsilon = self.epsilon
+        super()._apply(fn, recurse)
+        self.epsilon = epsilon.to(self.epsilon.device)
+        return self
+
     def state(self) -> MemoryState:
         """The contents, sharing the tensors."""
         return MemoryState(

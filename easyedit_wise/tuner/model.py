@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft.config import PeftConfig
@@ -74,6 +76,16 @@ class WiseModel(BaseTuner):
             "merge_and_unload() would make the side memory answer every query, since the router goes with it. "
             "Use unload() for the base model, or keep the adapter: it is a small file beside the model."
         )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT calls this around forward and generate; WISE needs none, but ``adapter_names`` ends up here."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names picks an adapter for each row, but WISE routes each row by its content: leave it out, "
+                "and choose the adapters that take part with base_model.set_adapter([...])."
+            )
+        yield
 
     def unload(self) -> nn.Module:
         """The base model as it was: the layers, the hooks and ``generate``."""

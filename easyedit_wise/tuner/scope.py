@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,8 @@ class Route:
         scores: shape (B, M), Delta_act of each memory.
         epsilon: shape (M,), each memory's threshold.
         memories: M names, ``adapter/index``.
+        decided: shape (B,), False where a sequence had no real token yet, so that its turn is still to
+            come (a prompt prefilled in chunks starts with padding only); None: all are decided.
         active: indices of the memories that at least one sequence goes to.
     """
 
@@ -38,11 +40,14 @@ class Route:
     scores: Tensor
     epsilon: Tensor
     memories: tuple[str, ...]
+    decided: Tensor | None = None
     active: tuple[int, ...] = field(default=())
 
     def __post_init__(self) -> None:
         # One synchronisation here, at prefill, spares one in every decode step.
         self.active = tuple(index for index in self.choice.unique().tolist() if index != MAIN_MEMORY)
+        if self.decided is not None and bool(self.decided.all()):
+            self.decided = None
 
     def expand(self, rows: int) -> Route | None:
         """The same route for ``rows`` sequences: as it is, or each repeated for its beams.
@@ -61,6 +66,7 @@ class Route:
             self.scores.repeat_interleave(repeat, dim=0),
             self.epsilon,
             self.memories,
+            None if self.decided is None else self.decided.repeat_interleave(repeat),
         )
 
     def describe(self, row: int = 0) -> dict[str, Any]:
@@ -118,20 +124,20 @@ class RoutingScope:
         """A call of the top model starts.
 
         Args:
-            attention_mask: as given to the model; used where it is 2-D, (B, cached + T).
+            attention_mask: as given to the model: (B, cached + T), or what ``generate`` makes of it for a
+                static cache, (B, 1, T, cache size), one for each kind of attention.
             cache: ``past_key_values`` as given, or None.
             shape: (B, T), the sequences and new tokens of this call, if known.
         """
         call = self._call
         call.shape = shape
-        call.token_mask = None
-        if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
-            call.token_mask = attention_mask[:, -shape[1] :] if shape else attention_mask
+        n_cached = cache_length(cache)
+        call.token_mask = real_tokens(attention_mask, shape, n_cached)
         call.decided = {}
         call.held = None
         if call.generation:
             call.held = call.generation
-        elif cache is not None and cache_length(cache) > 0:
+        elif n_cached > 0:
             call.held = self._lookup(cache)
 
     def end(self, cache: Any) -> None:
@@ -184,6 +190,28 @@ class RoutingScope:
         if mask is None or mask.shape != (rows, n_tokens):
             return None
         return mask.to(device)
+
+
+def real_tokens(attention_mask: Any, shape: tuple[int, int] | None, n_cached: int) -> Tensor | None:
+    """Which of a call's (B, T) new tokens are not padding, or None where the mask does not tell.
+
+    Args:
+        attention_mask: (B, cached + T); or (B, 1, T, keys), in which a real token, and no other, attends
+            to itself; or a mapping with such a mask for each kind of attention.
+        shape: (B, T).
+        n_cached: tokens in the cache before this call.
+    """
+    if isinstance(attention_mask, Mapping):
+        attention_mask = next((mask for mask in attention_mask.values() if isinstance(mask, Tensor)), None)
+    if not isinstance(attention_mask, Tensor):
+        return None
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -shape[1] :] if shape else attention_mask
+    if attention_mask.dim() != 4 or shape is None or attention_mask.shape[-1] < n_cached + shape[1]:
+        return None
+    own = attention_mask[:, 0, :, n_cached : n_cached + shape[1]].diagonal(dim1=-2, dim2=-1)
+    # Additive masks have 0 where attention is allowed.
+    return own if own.dtype == torch.bool else own == 0
 
 
 def cache_length(cache: Any) -> int:

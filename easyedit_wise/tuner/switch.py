@@ -43,4 +43,4 @@ def last_route(model: nn.Module) -> Route | None:
     layers = list(find_wise_layers(model).values())
     if not layers:
         raise ValueError("this model carries no edits, so no query was routed.")
-    return layers[0].last_route
+    return None if layers[0].disable_adapters else layers[0].last_route
