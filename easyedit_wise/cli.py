@@ -40,6 +40,7 @@ def edit(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from .easyedit.apply import apply_wise_to_model
+    from .editing.requests import EditRequest
     from .hparams import WISEHyperParams
     from .persistence import save_edits
 
@@ -50,6 +51,8 @@ def edit(
         wanted: Any = json.loads(requests.read_text(encoding="utf-8"))
         if not isinstance(wanted, list) or not wanted:
             raise ValueError(f"{requests} must hold a non-empty list of requests.")
+        for request in wanted:  # before the model is loaded, which takes its time
+            EditRequest.from_easyedit(request)
         transformers.utils.logging.set_verbosity_error()
         base = AutoModelForCausalLM.from_pretrained(model).eval()
         tok = AutoTokenizer.from_pretrained(model)

@@ -73,17 +73,20 @@ def run_demo(out: Path, model_path: str | None = None, n_facts: int | None = Non
     editor = BaseEditor.from_hparams(hparams)
     logging.getLogger("easyeditor.editors.editor").setLevel(logging.WARNING)
     console.rule(f"{len(facts)} facts into {Path(path).name}")
+    console.print("Asking the unedited model ...")
     baseline = collect_baseline(editor.model, editor.tok, records)
     started = time.perf_counter()
     model = _edit(editor, facts)
     seconds = (time.perf_counter() - started) / len(facts)
+    console.print("Asking the final model ...")
     scores = score_model(model, editor.tok, records, baseline)
     routed = route_prompts(model, editor.tok, records)
 
     out.mkdir(parents=True, exist_ok=True)
     plot = _plot(routed, out / "routing.png")
     adapter = save_edits(model, out / "adapter")
-    same = _answers_the_same(path, adapter, model, editor.tok, records)
+    console.print("Loading the saved edits into a fresh base model ...")
+    same = _answers_the_same(path, adapter, editor.tok, scores, baseline)
     console.print(answers_table(answer_rows(baseline, scores)))
     console.print(routing_table(routed))
     console.print(scores_table(baseline.scores.to_dict(), scores.to_dict(), dict(TARGETS)))
@@ -164,14 +167,15 @@ def _plot(routed: Sequence[RoutedPrompt], path: Path) -> Path:
     return plot_routing(groups, None, path, normalised=True)
 
 
-def _answers_the_same(path: str, adapter: Path, model: Any, tok: Any, records: Sequence[FactRecord]) -> bool:
-    """Load the saved edits into a fresh base model and compare its greedy answers."""
+def _answers_the_same(path: str, adapter: Path, tok: Any, scores: FinalScores, baseline: Baseline) -> bool:
+    """Load the saved edits into a fresh base model and compare its greedy answers with the edited one's."""
     from transformers import AutoModelForCausalLM
 
-    fresh = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(next(model.parameters()).device).eval()
+    fresh = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     load_edits(fresh, adapter)
-    prompts = [prompt for record in records for prompt in (record.prompt, record.unrelated.prompt)]
-    return greedy_answers(fresh, tok, prompts, 12) == greedy_answers(model, tok, prompts, 12)
+    prompts = [p for record in baseline.records for p in (record.prompt, record.unrelated.prompt)]
+    expected = [text for row in scores.rows for text in (row.edit_text, row.unrelated_text)]
+    return greedy_answers(fresh, tok, prompts, baseline.max_new_tokens) == expected
 
 
 def _summary(

@@ -21,8 +21,16 @@ from .merging import MERGE_METHODS
 from .routing import POOLINGS
 
 OBJECTIVES = ("only_label", "prompt_and_label")
-OPTIMIZERS = ("sgd", "adam", "normalized")
-_SWITCHES = ("retrieve", "replay", "margin_over_violated", "use_chat_template", "model_parallel", "fp16")
+OPTIMIZERS = ("sgd", "adam")
+_SWITCHES = (
+    "retrieve",
+    "replay",
+    "margin_over_violated",
+    "subject_routing",
+    "use_chat_template",
+    "model_parallel",
+    "fp16",
+)
 
 
 @dataclass
@@ -47,7 +55,7 @@ class WISEHyperParams:
     edit_lr: float = 1.0
     n_iter: int = 70
     optimizer: str = "sgd"
-    """"sgd" (the paper's), "adam", or "normalized": Adam with one second moment for the whole matrix."""
+    """"sgd" (the paper's) or "adam", which does not depend on the scale of A(x)."""
     weight_decay: float = 0.0
     """Decay of dW inside the mask. EasyEdit decays the whole matrix by 1e-5, outside the mask too; the paper
     has none."""
@@ -69,6 +77,9 @@ class WISEHyperParams:
     epsilon_position: float = 0.5
     """Where in the gap between irrelevant prompts (0) and edits (1) a calibrated epsilon lies."""
     pooling: str = "mean"
+    subject_routing: bool = False
+    """True: where a request names its subject, its tokens shall activate the memory and the prompt's other
+    tokens shall not. Goes with ``pooling: max``."""
     score_activation: str | None = None
     """None: Eq. 3. A name such as "silu": EasyEdit's variant, which applies it to both outputs first."""
     margin_over_violated: bool = False

@@ -18,7 +18,8 @@ def edit_loss(
     Args:
         logits: shape (N, V), the predictions at the N target positions of the whole batch.
         targets: shape (N,), the target token at each of them.
-        sequence_ids: shape (N,), which of the B sequences (numbered 0 .. B-1) a position belongs to.
+        sequence_ids: shape (N,), which of the B sequences (numbered 0 .. B-1) a position belongs to; one
+            without a position does not count.
         is_first: shape (N,), True at the first target token of a sequence.
         first_token_weight: weight of the first target token relative to the others. It decides
             whether generation starts to say the new fact; 1.0 is the paper's plain mean.
@@ -31,7 +32,8 @@ def edit_loss(
     n_sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
     total = token_loss.new_zeros(n_sequences).index_add(0, sequence_ids, token_loss * weight)
     norm = token_loss.new_zeros(n_sequences).index_add(0, sequence_ids, weight)
-    return (total / norm).mean()
+    counted = norm > 0  # a context whose target left no position to predict it from says nothing
+    return (total / norm.where(counted, 1.0)).sum() / counted.sum()
 
 
 def routing_margin_loss(

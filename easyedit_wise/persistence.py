@@ -40,6 +40,8 @@ _OUR_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE, "README.md"})
 FORMAT_VERSION = 1
 # PEFT's checkpoints name modules as seen from the wrapping PeftModel.
 _PEFT_PREFIX = "base_model.model."
+# What loading changes on a layer beside its memories.
+_SWITCHED = ("_active_adapter", "edit_stream", "last_route")
 
 
 class AdapterFileError(ValueError):
@@ -159,7 +161,7 @@ def _edits_record(layer: WiseLayer, layer_name: str, adapter_name: str) -> dict[
     return {
         "format_version": FORMAT_VERSION,
         "method": "WISE",
-        "layer": layer_name,
+        "layer": layer_name.removeprefix(_PEFT_PREFIX),
         "memories": [
             {"stage": memory.stage, "edits": memory.n_edits, "epsilon": memory.epsilon}
             for memory in layer.memories(adapter_name)
@@ -218,12 +220,16 @@ def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
             raise
         return
     configs = model.__dict__["peft_config"]
-    before = dict(configs)
-    layers_before = [
-        (layer, dict(layer.wisemem_memories.items()), dict(layer.wisemem_config), layer._active_adapter)
+    configs_before = dict(configs)
+    before = [
+        (
+            layer,
+            dict(layer.wisemem_memories.items()),
+            dict(layer.wisemem_config),
+            {k: layer.__dict__[k] for k in _SWITCHED},
+        )
         for layer in layers
     ]
-    streams = [(layer, layer.edit_stream, layer.last_route) for layer in layers]
     trainable = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
     try:
         configs.pop(adapter_name, None)
@@ -233,13 +239,11 @@ def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         yield
     except BaseException:
         configs.clear()
-        configs.update(before)
-        for layer, memories, layer_configs, active in layers_before:
+        configs.update(configs_before)
+        for layer, memories, layer_configs, switched in before:
             layer.wisemem_memories = nn.ModuleDict(memories)
             layer.wisemem_config = layer_configs
-            layer._active_adapter = active
-        for layer, layer.edit_stream, layer.last_route in streams:
-            pass
+            layer.__dict__.update(switched)
         for parameter, required in trainable:
             parameter.requires_grad_(required)
         raise

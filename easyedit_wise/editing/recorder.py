@@ -17,7 +17,7 @@ from ..hparams import WISEHyperParams
 from ..tuner.layer import WiseLayer
 from .contexts import as_chat, generate_prefixes
 from .frozen_prefix import FrozenPrefix, layer_input_of
-from .requests import pair_batch, prompt_batch
+from .requests import EditRequest, pair_batch, prompt_batch
 from .trainer import RecordedContexts, ScoredInputs
 
 _SCORING_BATCH = 16
@@ -75,13 +75,14 @@ class PromptRecorder:
                 self._prefixes[key] = generate_prefixes(self.model, self.tok, n_contexts, length, generator)
         return self._prefixes[key]
 
-    def contexts(self, prompts: Sequence[str], target: str) -> RecordedContexts:
-        """Some contexts of an edit, each followed by the target.
+    def contexts(self, prompts: Sequence[str], request: EditRequest) -> RecordedContexts:
+        """Some contexts of an edit, each followed by its target.
 
         Raises:
             ValueError: the target tokenises to nothing, or the layer does not run once in a forward.
         """
-        batch = pair_batch(self.tok, [self.rendered(prompt) for prompt in prompts], target, self._device())
+        texts = [self.rendered(prompt) for prompt in prompts]
+        batch = pair_batch(self.tok, texts, request.target, self._device(), request)
         with self.main_memory_only():
             return RecordedContexts(batch, FrozenPrefix.record(self.model, self.layer, batch.model_inputs()))
 

@@ -73,12 +73,14 @@ class TokenBatch:
         attention_mask: shape (B, T), 1 where a token is real.
         prompt_mask: shape (B, T), True on the real tokens before the target: what a user's query has.
         target_mask: shape (B, T), True on the target's tokens.
+        subject_mask: shape (B, T), True on the subject's tokens in the prompt; None where no subject is known.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     prompt_mask: Tensor
     target_mask: Tensor
+    subject_mask: Tensor | None = None
 
     def model_inputs(self) -> dict[str, Tensor]:
         """Keyword arguments of the model's forward; positions start at each sequence's first real token."""
@@ -133,8 +135,21 @@ def left_padded(tok: Any, sequences: Sequence[Sequence[int]], device: torch.devi
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def pair_batch(tok: Any, prompts: Sequence[str], target: str, device: torch.device) -> TokenBatch:
+def pair_batch(
+    tok: Any,
+    prompts: Sequence[str],
+    target: str,
+    device: torch.device,
+    request: EditRequest | None = None,
+) -> TokenBatch:
     """The batch of several contexts of one prompt, each followed by the same target.
+
+    Args:
+        tok: the tokenizer.
+        prompts: the contexts; each holds the request's prompt.
+        target: what follows each of them.
+        device: where the tensors go.
+        request: names the subject, if its tokens are wanted.
 
     Raises:
         ValueError: the target tokenises to nothing.
@@ -143,7 +158,34 @@ def pair_batch(tok: Any, prompts: Sequence[str], target: str, device: torch.devi
     input_ids, attention_mask = left_padded(tok, [tokens for tokens, _ in pairs], device)
     starts = torch.tensor([input_ids.shape[1] - (len(tokens) - n) for tokens, n in pairs], device=device)
     target_mask = torch.arange(input_ids.shape[1], device=device) >= starts[:, None]
-    return TokenBatch(input_ids, attention_mask, attention_mask.bool() & ~target_mask, target_mask)
+    prompt_mask = attention_mask.bool() & ~target_mask
+    subject_mask = None
+    if request is not None and request.subject:
+        found = [subject_tokens(tok, prompt, request) for prompt in prompts]
+        if all(found):
+            subject_mask = torch.zeros_like(prompt_mask)
+            for row, positions in enumerate(found):
+                offset = input_ids.shape[1] - len(pairs[row][0])
+                subject_mask[row, [offset + position for position in positions]] = True
+            subject_mask &= prompt_mask
+    return TokenBatch(input_ids, attention_mask, prompt_mask, target_mask, subject_mask)
+
+
+def subject_tokens(tok: Any, text: str, request: EditRequest) -> list[int]:
+    """Positions of the subject's tokens in a text that ends with the request's prompt, or holds it last.
+
+    Returns:
+        An empty list where they cannot be told: no subject, or a tokenizer without character offsets.
+    """
+    if not request.subject or not getattr(tok, "is_fast", False):
+        return []
+    start = text.rfind(request.prompt)
+    if start < 0:
+        return []
+    start += request.prompt.find(request.subject)
+    end = start + len(request.subject)
+    offsets = tok(text, return_offsets_mapping=True)["offset_mapping"]
+    return [position for position, (first, last) in enumerate(offsets) if first < end and last > start]
 
 
 def prompt_batch(tok: Any, prompts: Sequence[str], device: torch.device) -> TokenBatch:

@@ -227,7 +227,7 @@ class EditStream:
 
     def _record(self, request: EditRequest, memory: int, own_irrelevant: ScoredInputs | None) -> EditTask:
         groups = context_groups(request.prompt, self._recorder.prefixes(), self.hparams.contexts_per_step)
-        contexts = [self._recorder.contexts(prompts, request.target) for prompts in groups]
+        contexts = [self._recorder.contexts(prompts, request) for prompts in groups]
         irrelevant = self._irrelevant_inputs(own_irrelevant)
         past = self._past_inputs(memory) if self.hparams.replay else None
         earlier = [h.tokens for h in self.held if h.memory == memory and h.tokens is not None]

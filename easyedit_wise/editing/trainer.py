@@ -18,7 +18,6 @@ from ..hparams import WISEHyperParams
 from ..losses import edit_loss, rehearsal_loss, replay_loss, routing_margin_loss, upstream_margin_loss
 from ..routing import pool, upstream_activation
 from .frozen_prefix import FrozenPrefix
-from .optimizers import make_optimizer
 from .requests import TokenBatch
 
 
@@ -156,7 +155,7 @@ def train_edit(
     """
     reference = delta_weight.detach()
     trained = reference.clone().requires_grad_(True)
-    optimizer = make_optimizer(trained, hparams)
+    optimizer = _optimizer(trained, hparams)
     supervised = [target_positions(recorded.batch, hparams) for recorded in task.contexts]
     losses: list[float] = []
     edit_losses: list[float] = []
@@ -168,8 +167,8 @@ def train_edit(
         product = F.linear(recorded.prefix.layer_input.to(trained.dtype), trained)
         logits = recorded.prefix.replay(base_output + product.to(base_output.dtype), positions)
         loss_edit = edit_loss(logits, targets, positions[0], is_first, hparams.first_token_weight)
-        scores = pooled_scores(product, base_output, recorded.batch.prompt_mask, hparams)
-        loss = loss_edit + _memory_losses(trained, reference, scores, task, hparams)
+        scores, others = in_and_out_of_scope(product, base_output, recorded.batch, hparams)
+        loss = loss_edit + _memory_losses(trained, reference, scores, others, task, hparams)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise EditDivergedError(
@@ -211,18 +210,50 @@ def target_positions(batch: TokenBatch, hparams: WISEHyperParams) -> tuple[tuple
     return (rows, columns), batch.input_ids[rows, columns + 1], first_target
 
 
+def in_and_out_of_scope(
+    product: Tensor, base_output: Tensor | None, batch: TokenBatch, hparams: WISEHyperParams
+) -> tuple[Tensor, Tensor]:
+    """Which tokens of an edit's own contexts shall activate the memory, and which shall not.
+
+    With ``subject_routing`` and a known subject, its tokens shall and the prompt's other tokens shall
+    not, so that the memory answers wherever the subject is mentioned, however the question is put, and
+    not to the same question about another one. (EasyEdit does so for requests whose irrelevant prompt
+    is part of the prompt.) Otherwise the whole prompt shall.
+
+    Returns:
+        (Delta_act(x_e) of each context, shape (B,); what counts as irrelevant, shape (B,) or (0,)).
+    """
+    subject = batch.subject_mask if hparams.subject_routing else None
+    if subject is None:
+        return pooled_scores(product, base_output, batch.prompt_mask, hparams), product.new_zeros(0)
+    return (
+        pooled_scores(product, base_output, subject, hparams),
+        pooled_scores(product, base_output, batch.prompt_mask & ~subject, hparams),
+    )
+
+
 def _memory_losses(
-    trained: Tensor, reference: Tensor, edit_scores: Tensor, task: EditTask, hparams: WISEHyperParams
+    trained: Tensor,
+    reference: Tensor,
+    edit_scores: Tensor,
+    other_scores: Tensor,
+    task: EditTask,
+    hparams: WISEHyperParams,
 ) -> Tensor:
     """L_a (Eq. 5), plus L_replay (Appendix B.3) and rehearsal where they are on."""
     margin = upstream_margin_loss if hparams.margin_over_violated else routing_margin_loss
-    irrelevant_scores = task.irrelevant.scores(trained, hparams)
+    irrelevant_scores = torch.cat([task.irrelevant.scores(trained, hparams), other_scores])
     loss = margin(edit_scores, irrelevant_scores, hparams.alpha, hparams.beta, hparams.gamma)
     if task.past is not None:
         loss = loss + replay_loss(task.past.scores(trained, hparams), hparams.alpha)
     if task.earlier is not None and hparams.rehearsal > 0:
         loss = loss + hparams.rehearsal * rehearsal_loss(trained, reference, task.earlier.to(trained.dtype))
     return loss
+
+
+def _optimizer(parameter: Tensor, hparams: WISEHyperParams) -> torch.optim.Optimizer:
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[hparams.optimizer]
+    return kind([parameter], lr=hparams.edit_lr, weight_decay=hparams.weight_decay)
 
 
 def _settled(losses: list[float], n_groups: int, hparams: WISEHyperParams) -> bool:

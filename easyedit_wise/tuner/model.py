@@ -57,6 +57,7 @@ class WiseModel(BaseTuner):
             target.update_layer(adapter_name, peft_config)
             return
         new_module = WiseLayer(target, adapter_name, peft_config, self._routing_scope())
+        new_module.train(target.training)  # a new module is in training mode, the model it joins need not be
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
