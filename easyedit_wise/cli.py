@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,16 +18,28 @@ def main() -> None:
     """WISE lifelong model editing: edits that hold, in a small folder."""
 
 
+@contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """What the user can mend is printed without a traceback, and the exit status is 1."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
+        raise typer.Exit(code=1) from error
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the summary, the plot and the adapter.")] = Path("runs/demo"),
     model: Annotated[str | None, typer.Option(help="A causal language model; default SmolLM2-135M.")] = None,
     facts: Annotated[int | None, typer.Option(help="How many of the facts; default all.", min=1)] = None,
+    hparams: Annotated[str, typer.Option(help="A YAML file, or a packaged name.")] = "smollm2-135m",
 ) -> None:
     """Edit a dozen facts into a small real model through EasyEdit and show what became of them."""
     from .demo import run_demo
 
-    run_demo(out, model, facts)
+    with _errors_in_one_line():
+        run_demo(out, model, facts, hparams)
 
 
 @app.command()
@@ -44,7 +58,7 @@ def edit(
     from .hparams import WISEHyperParams
     from .persistence import save_edits
 
-    try:
+    with _errors_in_one_line():
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is a file: edits are saved as a folder, so name another path.")
         settings = WISEHyperParams.from_hparams(hparams)
@@ -59,9 +73,6 @@ def edit(
         settings.model_name = model
         edited, _ = apply_wise_to_model(base, tok, wanted, settings)
         save_edits(edited, out)
-    except (ValueError, OSError, RuntimeError) as error:
-        typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
-        raise typer.Exit(code=1) from error
     typer.echo(f"{len(wanted)} edits saved in {out}.")
 
 

@@ -47,13 +47,16 @@ class RoutedPrompt:
     epsilon: float
 
 
-def run_demo(out: Path, model_path: str | None = None, n_facts: int | None = None) -> dict[str, Any]:
+def run_demo(
+    out: Path, model_path: str | None = None, n_facts: int | None = None, hparams_name: str = "smollm2-135m"
+) -> dict[str, Any]:
     """Edit the demo's facts one after the other with ``alg_name="WISE"`` and report on the final model.
 
     Args:
         out: folder for summary.json, the plot and the adapter.
         model_path: a causal language model that EasyEdit's loader knows; None takes SmolLM2-135M-Instruct.
         n_facts: how many of the facts; None takes all.
+        hparams_name: a packaged name or a YAML file.
 
     Returns:
         What summary.json holds.
@@ -64,7 +67,7 @@ def run_demo(out: Path, model_path: str | None = None, n_facts: int | None = Non
     from easyeditor import BaseEditor  # importing easyedit_wise alone must not import EasyEdit
 
     path = model_path or str(smollm2_checkpoint())
-    hparams = WISEHyperParams.from_hparams("smollm2-135m")
+    hparams = WISEHyperParams.from_hparams(hparams_name)
     hparams.model_name = path
     hparams.device = 0 if torch.cuda.is_available() else "cpu"
     facts = demo_facts()[:n_facts]

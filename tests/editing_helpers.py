@@ -58,7 +58,7 @@ def settings(parameter: str = LAYERS["llama"], **changes: Any) -> WISEHyperParam
         "inner_params": [parameter],
         "n_iter": 2,
         "edit_lr": 0.05,
-        "optimizer": "normalized",
+        "optimizer": "adam",
         "alpha": 0.1,
         "beta": 2.0,
         "gamma": 1.0,

@@ -266,9 +266,6 @@ class Keyword(Toy):
 class Pieces(nn.Module):
     """Gives its output in all the containers that a module may use."""
 
-    class Named(tuple):
-        pass
-
     def forward(self, h: Tensor) -> Any:
         return (h * 2, [h * 3, None], {"a": h * 5, 7: "text"})
 
@@ -336,10 +333,8 @@ def test_a_replay_does_not_write_to_the_callers_tensor() -> None:
 def test_a_model_that_adds_to_the_layers_output_in_place(tok: Any) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = FalconConfig(
-            vocab_size=400, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.2,
-            parallel_attn=True, bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
+        common = {"vocab_size": 400, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2}
+        config = FalconConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, parallel_attn=True, **common)
         model = FalconForCausalLM(config).eval()
     layer, inputs = model.transformer.h[1].mlp.dense_4h_to_h, inputs_for(tok)
     prefix = FrozenPrefix.record(model, layer, inputs)

@@ -251,7 +251,7 @@ def test_the_defaults_are_the_papers() -> None:
         ({"early_stop_change": float("inf")}, ["early_stop_change", "inf", "finite"]),
         ({"norm_constraint": 0}, ["norm_constraint", "0", "greater than 0", "null"]),
         ({"norm_constraint": float("nan")}, ["norm_constraint", "nan", "null"]),
-        ({"optimizer": "adamw"}, ["optimizer", "'adamw'", "did you mean 'adam'?", "normalized"]),
+        ({"optimizer": "adamw"}, ["optimizer", "'adamw'", "did you mean 'adam'?", "sgd, adam"]),
         ({"objective_optimization": "only_labels"}, ["objective_optimization", "did you mean 'only_label'?"]),
         # routing
         ({"act_ratio": 0}, ["act_ratio", "0", "greater than 0", "null"]),
@@ -273,6 +273,7 @@ def test_the_defaults_are_the_papers() -> None:
         ({"seed": 1.5}, ["seed", "1.5", "whole number"]),
         # switches and paths
         ({"retrieve": "False"}, ["retrieve", "'False'", "true or false"]),
+        ({"subject_routing": "no"}, ["subject_routing", "'no'", "true or false"]),
         ({"replay": 1}, ["replay", "1", "true or false"]),
         ({"use_chat_template": None}, ["use_chat_template", "None", "true or false"]),
         ({"margin_over_violated": "yes"}, ["margin_over_violated", "'yes'", "true or false"]),

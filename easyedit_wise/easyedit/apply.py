@@ -146,8 +146,20 @@ def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStrea
     if not isinstance(stream, EditStream) or stream.model is not model:
         stream = EditStream(model, tok, hparams, layer, ADAPTER_NAME)
         layer.edit_stream = stream
+    _check_routing_kept(layer.wisemem_config[ADAPTER_NAME], hparams)
     stream.use(tok, hparams)
     return stream
+
+
+def _check_routing_kept(config: WiseConfig, hparams: WISEHyperParams) -> None:
+    """The thresholds of earlier edits hold for the score that they were set with."""
+    for name in ("pooling", "score_activation"):
+        kept, wanted = getattr(config, name), getattr(hparams, name)
+        if kept != wanted:
+            raise ValueError(
+                f"this model's edits are routed with {name}={kept!r}, but the settings say {wanted!r}: "
+                f"keep {kept!r}, or restore the model first and edit anew."
+            )
 
 
 def wise_config(model: nn.Module, module_name: str, hparams: WISEHyperParams) -> WiseConfig:

@@ -22,7 +22,7 @@ from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
 from .contexts import context_groups
 from .recorder import PromptRecorder, first_row
-from .requests import EditRequest, join_target
+from .requests import EditRequest, encode_pair, join_target
 from .trainer import EditOutcome, EditTask, ScoredInputs, train_edit
 
 _PAST_EDITS_REPLAYED = 8
@@ -130,8 +130,11 @@ class EditStream:
 
         Raises:
             EditDivergedError: an edit's loss became NaN or infinite; that edit was taken back.
-            ValueError: a target tokenises to nothing, or the model has no chat template but needs one.
+            ValueError: a target tokenises to nothing, or the model has no chat template but needs one;
+                not one edit was made.
         """
+        for request in requests:  # all of them before the first: a bad one must not stop a stream half-way
+            encode_pair(self.tok, self._recorder.rendered(request.prompt), request.target)
         outcomes = []
         for index, request in enumerate(requests):
             before = self.snapshot()

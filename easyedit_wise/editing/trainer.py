@@ -171,24 +171,24 @@ def train_edit(
         loss = loss_edit + _memory_losses(trained, reference, scores, others, task, hparams)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise EditDivergedError(
-                f"the loss of {label} became {value} in iteration {iteration + 1} of {hparams.n_iter}: the edit was "
-                f"taken back and earlier edits are as they were. Lower edit_lr (now {hparams.edit_lr})."
-            )
+            raise EditDivergedError(_diverged(label, value, iteration + 1, hparams))
         losses.append(value)
         edit_losses.append(float(loss_edit.detach()))
         if on_iteration is not None:
             on_iteration(iteration, value)
         if _settled(losses, len(task.contexts), hparams):
             break
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if trained.grad is not None:
-            trained.grad.mul_(mask)
+        # The gradient of dW alone: a base model that happens to be trainable gets none.
+        (gradient,) = torch.autograd.grad(loss, [trained])
+        trained.grad = gradient.mul_(mask)
         optimizer.step()
-        if hparams.norm_constraint is not None:
-            with torch.no_grad():
+        with torch.no_grad():
+            if hparams.norm_constraint is not None:
                 trained.clamp_(-hparams.norm_constraint, hparams.norm_constraint)
+            # Weight decay and the clamp act everywhere; outside the mask they must not.
+            trained.copy_(torch.where(mask, trained, reference))
+    if not torch.isfinite(trained).all():  # the last step has no loss of its own that would show it
+        raise EditDivergedError(_diverged(label, float("nan"), len(losses), hparams))
     return EditOutcome(trained.detach(), losses, edit_losses, scores.detach().tolist())
 
 
@@ -249,6 +249,13 @@ def _memory_losses(
     if task.earlier is not None and hparams.rehearsal > 0:
         loss = loss + hparams.rehearsal * rehearsal_loss(trained, reference, task.earlier.to(trained.dtype))
     return loss
+
+
+def _diverged(label: str, value: float, iteration: int, hparams: WISEHyperParams) -> str:
+    return (
+        f"the loss of {label} became {value} in iteration {iteration} of {hparams.n_iter}: the edit was taken back and "
+        f"earlier edits are as they were. Lower edit_lr (now {hparams.edit_lr})."
+    )
 
 
 def _optimizer(parameter: Tensor, hparams: WISEHyperParams) -> torch.optim.Optimizer:

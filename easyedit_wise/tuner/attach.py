@@ -143,7 +143,10 @@ def _inject(model: nn.Module, config: WiseConfig, adapter_name: str, fresh: bool
 
 def detach(model: nn.Module) -> None:
     """Take every WISE layer off: the very modules, hooks and trainability from before :func:`attach`."""
-    for name, layer in find_wise_layers(model).items():
+    layers = find_wise_layers(model)
+    if not layers:
+        return
+    for name, layer in layers.items():
         parent_name, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child, layer.base_layer)
     remove_hooks(model)

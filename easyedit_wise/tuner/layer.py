@@ -94,7 +94,7 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         """Replace the side memories of an adapter at once. The old states' tensors are not written to."""
         trained = any(p.requires_grad for p in self.wisemem_memories[adapter_name].parameters())
         replacement = nn.ModuleList(map(SideMemory, states))
-        replacement.requires_grad_(trained)
+        replacement.requires_grad_(trained).train(self.training)
         self.wisemem_memories[adapter_name] = replacement
         self.wisemem_config[adapter_name].memories = [state.stage for state in states]
         self.last_route = None

@@ -1,0 +1,487 @@
+"""Routes through generation: decided by the prompt, kept while decoding, one for each row, beam, cache and thread."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS
+from torch import Tensor
+from transformers import DynamicCache, StoppingCriteriaList
+from tuner_helpers import (
+    ALWAYS,
+    NEVER,
+    PROMPTS,
+    batch,
+    between,
+    generate,
+    inputs_of,
+    logits,
+    logits_with,
+    memory,
+    score_alone,
+    set_thresholds,
+    with_memories,
+)
+
+from easyedit_wise import last_route
+from easyedit_wise.routing import routing_activation
+from easyedit_wise.tuner.scope import Route, cache_length
+
+LLAMA = LAYERS["llama"]
+N = 6  # tokens to generate
+
+
+class Edited:
+    """A model with one side memory, and the same model without WISE to compare with."""
+
+    def __init__(self, model: Any, parameter: str) -> None:
+        self.base = copy.deepcopy(model)
+        self.model = model
+        self.parameter = parameter
+        self.layer = with_memories(model, parameter, ALWAYS)
+        self.delta_weight = self.layer.memories("default")[0].delta_weight
+        self.scores = [score_alone(self.base, parameter, prompt, self.delta_weight) for prompt in PROMPTS]
+
+    def split(self, n_routed: int = 2) -> list[bool]:
+        """Set epsilon so that this many of the prompts are routed; tells which."""
+        ranked = sorted(self.scores)
+        epsilon = between(*ranked[-n_routed - 1 : len(ranked) - n_routed + 1])
+        set_thresholds(self.layer, epsilon)
+        return [score > epsilon for score in self.scores]
+
+    def greedy(self, prompt: Sequence[int], routed: bool, n: int = N) -> list[int]:
+        """What follows if the whole sequence is routed or not, by full forwards without WISE and without a cache."""
+        tokens = list(prompt)
+        for _ in range(n):
+            inputs = batch([tokens])
+            if routed:
+                scores = logits_with(self.base, self.parameter, self.delta_weight, inputs)[0, -1]
+            else:
+                scores = logits(self.base, inputs)[0, -1]
+            scores[0] = -torch.inf  # eos, as generate does below its least number of tokens
+            tokens.append(int(scores.argmax()))
+        return tokens[len(prompt) :]
+
+    def token_scores(self, tokens: Sequence[int]) -> Tensor:
+        activations = inputs_of(self.base, self.parameter, batch([tokens]))[0]
+        return routing_activation(activations, self.delta_weight)
+
+
+@pytest.fixture
+def edited(any_model: tuple[Any, str]) -> Edited:
+    return Edited(*any_model)
+
+
+@pytest.fixture
+def llama_edited(llama: Any) -> Edited:
+    return Edited(llama, LLAMA)
+
+
+def decode(model: Any, prompt: Sequence[int], n: int = N, **options: Any) -> list[int]:
+    """A decoding loop as users write it: one forward for the prompt, then one for each token."""
+    return list(decoding(model, [prompt], n, **options))[-1][0]
+
+
+@torch.no_grad()
+def decoding(
+    model: Any, prompts: Sequence[Sequence[int]], n: int = N, return_dict: bool = True
+) -> Iterator[list[list[int]]]:
+    """The same step by step: yields what each row has said so far."""
+    given = batch(prompts)
+    ids, mask = given["input_ids"], given["attention_mask"]
+    cache, said = None, torch.zeros(len(prompts), 0, dtype=torch.long)
+    for _ in range(n):
+        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict=return_dict,
+        )
+        scores, cache = (output.logits, output.past_key_values) if return_dict else output[:2]
+        scores[:, -1, 0] = -torch.inf
+        ids = scores[:, -1].argmax(dim=-1, keepdim=True)
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)
+        said = torch.cat([said, ids], dim=-1)
+        yield said.tolist()
+
+
+# -- the prompt decides, once -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hair", [-1e-3, 1e-3])
+def test_the_prompts_route_is_kept_where_a_router_in_each_step_would_flip(edited: Edited, hair: float) -> None:
+    flips_with_cache = flips_without = 0
+    for prompt, score in zip(PROMPTS, edited.scores, strict=True):
+        epsilon = score * (1 + hair)
+        routed = hair < 0
+        set_thresholds(edited.layer, epsilon)
+        expected = edited.greedy(prompt, routed)
+        for use_cache in (True, False):
+            assert generate(edited.model, batch([prompt]), N, use_cache=use_cache) == [expected]
+            assert last_route(edited.model).choice.tolist() == [0 if routed else -1]
+        assert decode(edited.model, prompt) == expected
+        # What a router in each step would do: with a cache it sees one token, without one all of them.
+        tokens = edited.token_scores([*prompt, *expected[:-1]])
+        alone = tokens[len(prompt) :] > epsilon
+        together = tokens.cumsum(0)[len(prompt) :] / torch.arange(len(prompt) + 1, len(tokens) + 1) > epsilon
+        flips_with_cache += int((alone != routed).any())
+        flips_without += int((together != routed).any())
+    assert flips_with_cache >= 2
+    assert flips_without >= 1
+
+
+def test_routed_generation_says_something_else(edited: Edited) -> None:
+    """Else the comparisons in this file would hold without any routing."""
+    for prompt in PROMPTS:
+        assert edited.greedy(prompt, True) != edited.greedy(prompt, False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static", "disable_compile": True},
+    ],
+    ids=["cached", "uncached", "static"],
+)
+def test_a_batch_of_different_routes_is_each_row_alone(edited: Edited, options: dict[str, Any]) -> None:
+    routed = edited.split()
+    assert sorted(routed) == [False, False, True, True]
+    expected = [edited.greedy(prompt, one) for prompt, one in zip(PROMPTS, routed, strict=True)]
+    assert generate(edited.model, batch(PROMPTS), N, **options) == expected
+    assert last_route(edited.model).choice.tolist() == [0 if one else -1 for one in routed]
+    assert torch.allclose(last_route(edited.model).scores[:, 0], torch.tensor(edited.scores), rtol=1e-5)
+
+
+def test_a_batch_in_a_loop_is_each_row_alone(edited: Edited) -> None:
+    routed = edited.split()
+    *_, said = decoding(edited.model, PROMPTS)
+    assert said == [edited.greedy(prompt, one) for prompt, one in zip(PROMPTS, routed, strict=True)]
+
+
+def test_padding_that_generate_infers_is_left_out(llama_edited: Edited) -> None:
+    routed = llama_edited.split()
+    said = generate(llama_edited.model, {"input_ids": batch(PROMPTS)["input_ids"]}, N)
+    assert said == [llama_edited.greedy(prompt, one) for prompt, one in zip(PROMPTS, routed, strict=True)]
+
+
+def test_inputs_embeds_and_keyword_prompts_generate_the_same(llama_edited: Edited) -> None:
+    routed = llama_edited.split()
+    expected = [llama_edited.greedy(prompt, one) for prompt, one in zip(PROMPTS, routed, strict=True)]
+    inputs = batch(PROMPTS)
+    embeds = llama_edited.model.get_input_embeddings()(inputs["input_ids"])
+    with torch.no_grad():
+        said = llama_edited.model.generate(
+            inputs_embeds=embeds,
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=N,
+            min_new_tokens=N,
+            do_sample=False,
+        )
+        positional = llama_edited.model.generate(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=N, min_new_tokens=N
+        )
+    assert said[:, -N:].tolist() == expected
+    assert positional[:, -N:].tolist() == expected
+
+
+def test_a_loop_that_asks_for_tuples_keeps_its_route(llama_edited: Edited) -> None:
+    for prompt, score in zip(PROMPTS, llama_edited.scores, strict=True):
+        set_thresholds(llama_edited.layer, score * 0.999)
+        assert decode(llama_edited.model, prompt, return_dict=False) == llama_edited.greedy(prompt, True)
+
+
+def test_a_prompt_in_chunks_is_routed_by_its_first_chunk_with_a_token(llama_edited: Edited) -> None:
+    """A row whose first chunks are padding is decided when its own tokens come, and then kept."""
+    chunk, length = 4, max(map(len, PROMPTS))
+    first = []  # the tokens of each prompt that its deciding chunk holds
+    for prompt in PROMPTS:
+        start = length - len(prompt)
+        first.append(prompt[: (start // chunk + 1) * chunk - start])
+    tokens = [llama_edited.token_scores(prompt) for prompt in PROMPTS]
+    deciding = [float(one[: len(part)].mean()) for one, part in zip(tokens, first, strict=True)]
+    outcomes, would_flip = set(), False
+    for epsilon in [*(score * 0.999 for score in deciding), *(score * 1.001 for score in deciding)]:
+        set_thresholds(llama_edited.layer, epsilon)
+        routed = [score > epsilon for score in deciding]
+        expected = [llama_edited.greedy(prompt, one, 3) for prompt, one in zip(PROMPTS, routed, strict=True)]
+        assert generate(llama_edited.model, batch(PROMPTS), 3, prefill_chunk_size=chunk) == expected
+        outcomes.add(tuple(routed))
+        later = [one[len(part) :] for one, part in zip(tokens, first, strict=True)]
+        would_flip |= any(len(x) and bool((x.mean() > epsilon) != r) for x, r in zip(later, routed, strict=True))
+    assert len(outcomes) > 2
+    assert would_flip
+
+
+def test_a_second_generation_decides_anew(edited: Edited) -> None:
+    routed = edited.split()
+    rows = [routed.index(True), routed.index(False), routed.index(True)]
+    for row in rows:
+        assert generate(edited.model, batch([PROMPTS[row]]), N) == [edited.greedy(PROMPTS[row], routed[row])]
+
+
+def test_guided_and_assisted_decoding_run(llama_edited: Edited) -> None:
+    routed = llama_edited.split()
+    for row, prompt in enumerate(PROMPTS):
+        # Looking up candidates in the prompt changes the calls, not the result.
+        said = generate(llama_edited.model, batch([prompt]), N, prompt_lookup_num_tokens=2)
+        assert said == [llama_edited.greedy(prompt, routed[row])]
+    # Guidance asks the model for the last token alone beside the prompt: it belongs to the same generation.
+    row = routed.index(True)
+    guided = generate(llama_edited.model, batch([PROMPTS[row]]), N, guidance_scale=1.5)
+    assert guided == generate(llama_edited.model, batch([PROMPTS[row]]), N, guidance_scale=1.5, use_cache=False)
+    assert torch.allclose(last_route(llama_edited.model).scores, torch.tensor([[llama_edited.scores[row]]]))
+
+
+def test_an_exception_ends_the_generation(llama_edited: Edited) -> None:
+    routed = llama_edited.split()
+    row, other = routed.index(True), routed.index(False)
+
+    def stop(*_: Any, **__: Any) -> bool:
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        generate(llama_edited.model, batch([PROMPTS[row]]), N, stopping_criteria=StoppingCriteriaList([stop]))
+    # Outside of a generation every call without a cache is a new query.
+    assert torch.equal(
+        logits(llama_edited.model, batch([PROMPTS[other]])), logits(llama_edited.base, batch([PROMPTS[other]]))
+    )
+    assert decode(llama_edited.model, PROMPTS[other]) == llama_edited.greedy(PROMPTS[other], False)
+
+
+def test_a_generation_inside_another_is_its_own(llama_edited: Edited) -> None:
+    """A stopping criterion that asks the same model about something else."""
+    routed = llama_edited.split()
+    row, other = routed.index(True), routed.index(False)
+    inner = []
+
+    def ask(input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        inner.append(generate(llama_edited.model, batch([PROMPTS[other]]), 2)[0])
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    said = generate(llama_edited.model, batch([PROMPTS[row]]), N, stopping_criteria=StoppingCriteriaList([ask]))
+    assert said == [llama_edited.greedy(PROMPTS[row], True)]
+    assert inner == [llama_edited.greedy(PROMPTS[other], False, 2)] * N
+
+
+# -- beams and samples --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_beams_keep_the_route_of_their_prompt(edited: Edited, use_cache: bool) -> None:
+    routed = edited.split()
+    options = {"num_beams": 3, "num_return_sequences": 2, "use_cache": use_cache}
+    together = generate(edited.model, batch(PROMPTS), N, **options)
+    assert last_route(edited.model).choice.tolist() == [0 if one else -1 for one in routed for _ in range(3)]
+    for row, prompt in enumerate(PROMPTS):
+        set_thresholds(edited.layer, ALWAYS if routed[row] else NEVER)
+        alone = generate(edited.model, batch([prompt]), N, **options)
+        assert together[2 * row : 2 * row + 2] == alone
+        # Beams do explore: they are not the greedy answer repeated.
+        assert alone[0] != alone[1]
+        if not routed[row]:
+            assert alone == generate(edited.base, batch([prompt]), N, **options)
+
+
+def test_samples_keep_the_route_of_their_prompt(edited: Edited) -> None:
+    routed = edited.split()
+    options = {"do_sample": True, "num_return_sequences": 3, "top_k": 20, "temperature": 2.0}
+
+    def sample(model: Any, **more: Any) -> list[list[int]]:
+        torch.manual_seed(7)
+        return generate(model, batch(PROMPTS), N, **options, **more)
+
+    said = sample(edited.model)
+    assert last_route(edited.model).choice.tolist() == [0 if one else -1 for one in routed for _ in range(3)]
+    assert said == sample(edited.model, use_cache=False)
+    base = sample(edited.base)
+    for row, one in enumerate(routed):
+        rows = slice(3 * row, 3 * row + 3)
+        # Rows share the random numbers of a step, so that an unrouted one draws what it draws in the base model.
+        assert (said[rows] == base[rows]) is not one
+        assert len({tuple(tokens) for tokens in said[rows]}) > 1
+
+
+@torch.no_grad()
+def test_a_sampling_loop_keeps_its_route(llama_edited: Edited) -> None:
+    """Tokens far from greedy ones: the route still is the prompt's."""
+    model, row = llama_edited.model, 1
+    set_thresholds(llama_edited.layer, llama_edited.scores[row] * 0.999)
+    tokens, cache = list(PROMPTS[row]), None
+    for step in range(8):
+        ids = torch.tensor([tokens if cache is None else tokens[-1:]])
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        expected = logits_with(llama_edited.base, LLAMA, llama_edited.delta_weight, batch([tokens]))
+        assert torch.allclose(output.logits[0, -1], expected[0, -1], atol=1e-3)
+        tokens.append(50 + 37 * step)
+
+
+# -- caches -------------------------------------------------------------------------------------------
+
+
+def test_interleaved_caches_keep_their_own_routes(edited: Edited) -> None:
+    routed = edited.split()
+    loops = [decoding(edited.model, [prompt]) for prompt in PROMPTS]
+    last = [[], [], [], []]
+    for _ in range(N):
+        for row, loop in enumerate(loops):
+            (last[row],) = next(loop)
+        generate(edited.model, batch([PROMPTS[1]]), 2)  # a generation in between leaves them alone
+    assert last == [edited.greedy(prompt, one) for prompt, one in zip(PROMPTS, routed, strict=True)]
+
+
+@torch.no_grad()
+def test_a_cache_with_other_rows_decides_anew(llama_edited: Edited) -> None:
+    model, layer = llama_edited.model, llama_edited.layer
+    set_thresholds(layer, ALWAYS)
+    inputs = batch([prompt[:3] for prompt in PROMPTS])
+    cache = model(**inputs, use_cache=True).past_key_values
+    decided = layer.last_route
+    step = torch.tensor([[21], [22], [23], [24]])
+    model(input_ids=step, past_key_values=cache)
+    assert layer.last_route is decided  # followed
+    cache.batch_select_indices(torch.tensor([0, 2, 3]))
+    model(input_ids=step[:3], past_key_values=cache)
+    assert layer.last_route is not decided
+    assert layer.last_route.choice.shape == (3,)
+
+
+@torch.no_grad()
+def test_a_repeated_cache_repeats_its_routes(llama_edited: Edited) -> None:
+    """Prefill once, then branch: two rows become six, as beams do."""
+    model, layer = llama_edited.model, llama_edited.layer
+    routed = llama_edited.split()
+    rows = [routed.index(True), routed.index(False)]
+    prompts = [PROMPTS[row] for row in rows]
+    inputs = batch(prompts)
+    cache = model(**inputs, use_cache=True).past_key_values
+    decided = layer.last_route
+    cache.batch_repeat_interleave(3)
+    mask = torch.cat([inputs["attention_mask"].repeat_interleave(3, dim=0), torch.ones(6, 1, dtype=torch.long)], dim=-1)
+    step = torch.tensor([[21], [22], [23], [24], [25], [26]])
+    positions = mask.sum(dim=-1, keepdim=True) - 1
+    output = model(input_ids=step, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    assert layer.last_route is decided
+    for row in range(6):
+        tokens = batch([[*prompts[row // 3], int(step[row])]])
+        if row < 3:
+            expected = logits_with(llama_edited.base, LLAMA, llama_edited.delta_weight, tokens)
+        else:
+            expected = logits(llama_edited.base, tokens)
+        assert torch.allclose(output[row, -1], expected[0, -1], atol=1e-3)
+
+
+@torch.no_grad()
+def test_an_emptied_cache_decides_anew(llama_edited: Edited) -> None:
+    model, routed = llama_edited.model, llama_edited.split()
+    cache = DynamicCache(config=model.config)
+    for row, prompt in enumerate(PROMPTS):
+        model(input_ids=torch.tensor([prompt]), past_key_values=cache, use_cache=True)
+        assert last_route(model).choice.tolist() == [0 if routed[row] else -1]
+        cache.crop(-cache.get_seq_length())
+        assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
+def test_a_copied_cache_is_a_new_question(llama_edited: Edited) -> None:
+    """A shared beginning, prefilled once and copied for each question: the questions decide."""
+    model, layer = llama_edited.model, llama_edited.layer
+    set_thresholds(layer, NEVER)
+    prefix = model(input_ids=torch.tensor([[60, 61, 62]]), use_cache=True).past_key_values
+    llama_edited.split()
+    for prompt in PROMPTS:
+        model(input_ids=torch.tensor([prompt]), past_key_values=copy.deepcopy(prefix))
+        tokens = llama_edited.token_scores([60, 61, 62, *prompt])[3:]
+        assert float(layer.last_route.scores) == pytest.approx(float(tokens.mean()), rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_conversation_on_one_cache_keeps_its_route(llama_edited: Edited) -> None:
+    model, routed = llama_edited.model, llama_edited.split()
+    for row, prompt in enumerate(PROMPTS):
+        cache = DynamicCache(config=model.config)
+        options = {"past_key_values": cache, "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+        tokens = model.generate(torch.tensor([prompt]), **options)
+        tokens = torch.cat([tokens, torch.tensor([[33, 44]])], dim=-1)
+        said = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0].tolist()
+        expected = llama_edited.greedy(said[: tokens.shape[1]], routed[row], 3)
+        assert said[tokens.shape[1] :] == expected
+
+
+@torch.no_grad()
+def test_memories_that_changed_since_decide_anew(llama_edited: Edited) -> None:
+    model, layer = llama_edited.model, llama_edited.layer
+    output = model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=True)
+    layer.install("default", [memory(layer, 0, NEVER), memory(layer, 1, ALWAYS)])
+    model(input_ids=torch.tensor([[21]]), past_key_values=output.past_key_values)
+    assert layer.last_route.choice.tolist() == [1]
+
+
+def test_routes_die_with_their_cache(llama_edited: Edited) -> None:
+    scope = llama_edited.layer.routing_scope
+    with torch.no_grad():
+        output = llama_edited.model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=True)
+    assert len(scope._by_cache) == 1
+    del output
+    assert len(scope._by_cache) == 0
+
+
+def test_cache_length_of_caches_and_tuples() -> None:
+    assert cache_length(None) == 0
+    assert cache_length(DynamicCache()) == 0
+    assert cache_length(()) == 0
+    assert cache_length(((torch.zeros(2, 4, 7, 8), torch.zeros(2, 4, 7, 8)),)) == 7
+
+
+def test_a_route_expands_to_multiples_only() -> None:
+    route = Route(torch.tensor([0, -1]), torch.tensor([[2.0], [1.0]]), torch.tensor([1.5]), ("default/0",))
+    assert route.active == (0,)
+    assert route.expand(2) is route
+    assert route.expand(6).choice.tolist() == [0, 0, 0, -1, -1, -1]
+    assert route.expand(6).scores.tolist() == [[2.0]] * 3 + [[1.0]] * 3
+    assert route.expand(3) is None
+    assert route.expand(1) is None
+
+
+# -- threads ------------------------------------------------------------------------------------------
+
+
+def test_threads_on_one_model_do_not_meet(llama_edited: Edited) -> None:
+    """Both threads wait for each other after every token, so each generates in the middle of the other's."""
+    routed = llama_edited.split()
+    expected = [llama_edited.greedy(prompt, one) for prompt, one in zip(PROMPTS, routed, strict=True)]
+    barrier = threading.Barrier(2, timeout=20)
+    said: dict[int, list[list[int]]] = {}
+    errors: list[BaseException] = []
+
+    def wait(input_ids: Tensor, *_: Any, **__: Any) -> Tensor:
+        barrier.wait()
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    def serve(worker: int, rows: list[int]) -> None:
+        try:
+            inputs = batch([PROMPTS[row] for row in rows])
+            criteria = StoppingCriteriaList([wait])
+            said[worker] = generate(llama_edited.model, inputs, N, stopping_criteria=criteria)
+        except BaseException as error:
+            barrier.abort()
+            errors.append(error)
+
+    for one, other in [([0], [1]), ([2, 3], [1, 0]), ([0, 1, 2], [3])]:
+        threads = [threading.Thread(target=serve, args=(i, rows)) for i, rows in enumerate((one, other))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not errors
+        assert said == {0: [expected[row] for row in one], 1: [expected[row] for row in other]}

@@ -1,0 +1,270 @@
+"""The router's equations against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, tensor
+
+from easyedit_wise.routing import (
+    MAIN_MEMORY,
+    POOLINGS,
+    calibrated_threshold,
+    choose_memory,
+    minimum_threshold,
+    pool,
+    routing_activation,
+    upstream_activation,
+)
+
+SCORES = st.floats(min_value=0.0, max_value=100.0, width=32)
+
+
+def distinct(low: int, high: int) -> st.SearchStrategy[list[float]]:
+    """Well separated scores: multiples of 1/4."""
+    return st.lists(st.integers(low, high).map(lambda n: n / 4), min_size=1, max_size=12)
+
+
+# -- Eq. 3 ----------------------------------------------------------------------------------------
+
+
+def test_routing_activation_by_hand() -> None:
+    # dW = [[1, 0], [2, 2]], a = (3, 0): dW a = (3, 6), norm sqrt(45); a = (0, 1): dW a = (0, 2), norm 2.
+    delta_weight = tensor([[1.0, 0.0], [2.0, 2.0]])
+    activations = tensor([[[3.0, 0.0], [0.0, 1.0]]])
+    assert torch.allclose(routing_activation(activations, delta_weight), tensor([[math.sqrt(45), 2.0]]))
+
+
+def test_routing_activation_takes_any_leading_shape_and_a_rectangular_matrix() -> None:
+    # dW = [1, 2, 2], a = (1, 1, 1): 5.
+    assert routing_activation(torch.ones(3), tensor([[1.0, 2.0, 2.0]])).item() == 5.0
+    assert routing_activation(torch.ones(4, 2, 6, 3), torch.ones(7, 3)).shape == (4, 2, 6)
+
+
+@given(st.floats(min_value=-8, max_value=8, width=32))
+@settings(max_examples=25, deadline=None)
+def test_routing_activation_scales_with_the_memory(factor: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    activations = torch.randn(2, 3, 5, generator=generator)
+    delta_weight = torch.randn(4, 5, generator=generator)
+    scaled = routing_activation(activations, factor * delta_weight)
+    assert torch.allclose(scaled, abs(factor) * routing_activation(activations, delta_weight), atol=1e-5)
+
+
+def test_upstream_activation_by_hand() -> None:
+    # relu(side) - relu(base): (1, -2) -> (1, 0); (-3, 4) -> (0, 4); the difference (1, -4) has norm sqrt(17).
+    # Eq. 3 would give || (4, -6) || = sqrt(52): the activation does change the score.
+    base, side = tensor([[-3.0, 4.0]]), tensor([[1.0, -2.0]])
+    assert torch.allclose(upstream_activation(base, side, "relu"), tensor([math.sqrt(17)]))
+
+
+def test_upstream_activation_with_silu_by_hand() -> None:
+    # silu(1) - silu(0) = 1 / (1 + e^-1) = 0.7310586
+    assert upstream_activation(tensor([0.0]), tensor([1.0]), "silu").item() == pytest.approx(0.7310586, abs=1e-6)
+
+
+# -- pooling --------------------------------------------------------------------------------------
+
+TOKENS = tensor([[8.0, 1.0, 3.0, 2.0], [5.0, 5.0, 7.0, 9.0]])
+# Row 0 is padded on the left (8 is padding), row 1 on the right (9 is padding).
+REAL = tensor([[0, 1, 1, 1], [1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [
+        ("mean", [2.0, 17 / 3]),  # (1 + 3 + 2) / 3 and (5 + 5 + 7) / 3
+        ("max", [3.0, 7.0]),
+        ("last", [2.0, 7.0]),
+    ],
+)
+def test_pool_leaves_padding_out(pooling: str, expected: list[float]) -> None:
+    for mask in (REAL, REAL.bool(), REAL.float()):
+        assert torch.allclose(pool(TOKENS, mask, pooling), tensor(expected))
+
+
+@pytest.mark.parametrize(("pooling", "expected"), [("mean", [3.5, 6.5]), ("max", [8.0, 9.0]), ("last", [2.0, 9.0])])
+def test_pool_without_a_mask_takes_all_tokens(pooling: str, expected: list[float]) -> None:
+    assert torch.allclose(pool(TOKENS, None, pooling), tensor(expected))
+    assert torch.allclose(pool(TOKENS, torch.ones_like(TOKENS), pooling), tensor(expected))
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_row_of_padding_scores_zero_and_leaves_the_others_alone(pooling: str) -> None:
+    pooled = pool(TOKENS, tensor([[0, 0, 0, 0], [1, 1, 1, 1]]), pooling)
+    assert pooled[0] == 0
+    assert pooled[1] == pool(TOKENS, None, pooling)[1]
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_padding_never_counts_even_if_it_is_not_a_number(pooling: str) -> None:
+    spoiled = TOKENS.masked_fill(REAL == 0, torch.nan)
+    assert torch.equal(pool(spoiled, REAL, pooling), pool(TOKENS, REAL, pooling))
+
+
+def test_the_mean_stays_a_mean_for_long_prompts() -> None:
+    # EasyEdit changes from mean to max above 100 tokens. 149 tokens of 1 and one of 76: mean 225 / 150 = 1.5.
+    scores = torch.ones(1, 150)
+    scores[0, 40] = 76.0
+    assert pool(scores, None, "mean").item() == pytest.approx(1.5)
+
+
+def test_pool_names_the_known_poolings() -> None:
+    with pytest.raises(ValueError, match=r"'median'.*mean, max, last"):
+        pool(TOKENS, None, "median")
+
+
+@given(st.lists(SCORES, min_size=1, max_size=6), st.integers(0, 4), st.integers(0, 4), st.sampled_from(POOLINGS))
+@settings(max_examples=60, deadline=None)
+def test_pool_does_not_depend_on_the_padding(row: list[float], left: int, right: int, pooling: str) -> None:
+    alone = pool(tensor([row]), None, pooling)
+    padded = tensor([[50.0] * left + row + [50.0] * right])
+    mask = tensor([[False] * left + [True] * len(row) + [False] * right])
+    assert torch.allclose(pool(padded, mask, pooling), alone, rtol=1e-6, atol=1e-6)
+
+
+@given(st.lists(SCORES, min_size=1, max_size=8))
+@settings(max_examples=40, deadline=None)
+def test_the_mean_lies_between_the_extremes(row: list[float]) -> None:
+    mean = pool(tensor([row]), None, "mean").item()
+    assert min(row) - 1e-3 <= mean <= pool(tensor([row]), None, "max").item() + 1e-3
+
+
+# -- Eq. 6 ----------------------------------------------------------------------------------------
+
+
+def test_choose_memory_by_hand() -> None:
+    scores = tensor(
+        [
+            [1.0, 2.0],  # only memory 1 is above its own threshold
+            [6.0, 2.0],  # both are: memory 0 is more active
+            [4.0, 1.0],  # memory 0 is more active, but below its threshold, and so is memory 1
+            [4.9, 1.6],  # memory 0 is more active, but only memory 1 is above its own
+            [5.0, 1.5],  # at the threshold is not above it
+        ]
+    )
+    assert choose_memory(scores, tensor([5.0, 1.5])).tolist() == [1, 0, MAIN_MEMORY, 1, MAIN_MEMORY]
+
+
+def test_choose_memory_without_memories_stays_in_the_main_memory() -> None:
+    choice = choose_memory(torch.zeros(3, 0), torch.zeros(0))
+    assert choice.tolist() == [-1, -1, -1]
+    assert choice.dtype == torch.long
+
+
+def test_choose_memory_with_extreme_thresholds() -> None:
+    scores = tensor([[3.0, 1e30], [0.0, 0.0]])
+    assert choose_memory(scores, tensor([math.inf, math.inf])).tolist() == [-1, -1]
+    # Zero is the score of an empty memory: it stays out unless its threshold lies below zero.
+    assert choose_memory(scores, tensor([0.0, math.inf])).tolist() == [0, -1]
+    assert choose_memory(scores, tensor([-1.0, math.inf])).tolist() == [0, 0]
+
+
+def test_a_score_that_is_not_a_number_never_routes() -> None:
+    assert choose_memory(tensor([[math.nan, 2.0], [math.nan, 0.5]]), tensor([1.0, 1.0])).tolist() == [1, -1]
+
+
+@given(st.integers(1, 5).flatmap(lambda m: st.lists(st.lists(SCORES, min_size=m, max_size=m), min_size=2, max_size=5)))
+@settings(max_examples=60, deadline=None)
+def test_choose_memory_is_the_definition(rows: list[list[float]]) -> None:
+    scores, epsilon = tensor(rows[:-1]), tensor(rows[-1])
+    for row, chosen in zip(scores, choose_memory(scores, epsilon).tolist(), strict=True):
+        above = [index for index, score in enumerate(row.tolist()) if score > epsilon[index]]
+        if chosen == MAIN_MEMORY:
+            assert not above
+        else:
+            assert chosen in above
+            assert row[chosen] == max(row[index] for index in above)
+
+
+# -- thresholds -----------------------------------------------------------------------------------
+
+
+def test_minimum_threshold_by_hand() -> None:
+    assert minimum_threshold([3.0, 2.0, 7.0]) == 2.0
+    assert minimum_threshold([3.0, 2.0, 7.0], act_ratio=0.85) == pytest.approx(1.7)
+    assert minimum_threshold(tensor([4.0, 6.0]).tolist(), act_ratio=0.5) == 2.0
+
+
+def test_thresholds_need_an_edit() -> None:
+    with pytest.raises(ValueError, match="edit first"):
+        minimum_threshold([])
+    with pytest.raises(ValueError, match="edit first"):
+        calibrated_threshold([], [1.0])
+
+
+@pytest.mark.parametrize(("position", "expected"), [(0.0, 2.0), (0.25, 3.0), (0.5, 4.0), (1.0, 6.0)])
+def test_calibrated_threshold_of_separated_scores(position: float, expected: float) -> None:
+    # The gap goes from 2 (the highest irrelevant score) to 6 (the lowest edit): 2 + position * 4.
+    assert calibrated_threshold([9.0, 6.0, 8.0], [1.0, 2.0, 0.5], position) == expected
+
+
+def test_calibrated_threshold_without_irrelevant_prompts_starts_at_zero() -> None:
+    assert calibrated_threshold([6.0, 4.0], []) == 2.0
+
+
+def test_calibrated_threshold_of_overlapping_scores() -> None:
+    # Edits 3 5 6 7, irrelevant 1 2 4. Candidates and (fired - false fires): 0.5: 1 - 1; 1.5: 1 - 2/3;
+    # 2.5: 1 - 1/3 = 0.667; 3.5: 3/4 - 1/3 = 0.417; 4.5: 3/4 - 0 = 0.75; 5.5: 1/2; 6.5: 1/4. The best is 4.5.
+    assert calibrated_threshold([3.0, 5.0, 6.0, 7.0], [1.0, 2.0, 4.0]) == 4.5
+
+
+def test_one_odd_irrelevant_prompt_does_not_move_the_threshold_far() -> None:
+    # All 4 edits fire and 1 of 10 irrelevant prompts does (1 - 0.1); above 50 none would fire.
+    irrelevant = [1.0] * 9 + [50.0]
+    assert calibrated_threshold([10.0, 11.0, 12.0, 13.0], irrelevant) == 5.5  # (1 + 10) / 2
+
+
+def test_ties_go_to_the_lower_threshold() -> None:
+    # Edits 1 3, irrelevant 2: 0.5 gives 1 - 1 = 0, 1.5 gives 1/2 - 1, 2.5 gives 1/2 - 0: 2.5 wins.
+    assert calibrated_threshold([1.0, 3.0], [2.0]) == 2.5
+    # Edits 1 4, irrelevant 2 3: 0.5 -> 0, 1.5 -> 1/2 - 1, 2.5 -> 1/2 - 1/2, 3.5 -> 1/2.
+    assert calibrated_threshold([1.0, 4.0], [2.0, 3.0]) == 3.5
+    # Edits 1 3, irrelevant 2 4: 0.5 -> 0, 1.5 -> -1/2, 2.5 -> 0, 3.5 -> -1/2: of 0.5 and 2.5 the lower.
+    assert calibrated_threshold([1.0, 3.0], [2.0, 4.0]) == 0.5
+    # The same scores on both sides tell nothing: every edit fires.
+    assert calibrated_threshold([2.0, 3.0], [2.0, 3.0]) == 1.0
+    assert calibrated_threshold([3.0], [3.0]) == 1.5
+
+
+@pytest.mark.parametrize("position", [-0.1, 1.1, math.nan])
+def test_calibrated_threshold_refuses_a_position_outside_the_gap(position: float) -> None:
+    with pytest.raises(ValueError, match=r"position=.*outside \[0, 1\]"):
+        calibrated_threshold([2.0], [1.0], position)
+
+
+def firing(scores: list[float], threshold: float) -> float:
+    return float((choose_memory(tensor(scores)[:, None], tensor([threshold])) == 0).float().mean())
+
+
+@given(distinct(41, 80), distinct(0, 40), st.floats(0.01, 0.99))
+@settings(max_examples=60, deadline=None)
+def test_a_threshold_in_the_gap_separates(edits: list[float], irrelevant: list[float], position: float) -> None:
+    threshold = calibrated_threshold(edits, irrelevant, position)
+    assert firing(edits, threshold) == 1.0
+    assert firing(irrelevant, threshold) == 0.0
+
+
+@given(distinct(1, 30), distinct(1, 30))
+@settings(max_examples=80, deadline=None)
+def test_no_threshold_separates_better(edits: list[float], irrelevant: list[float]) -> None:
+    threshold = calibrated_threshold(edits, irrelevant)
+    reached = firing(edits, threshold) - firing(irrelevant, threshold)
+    every_threshold = [quarter / 4 + 1 / 8 for quarter in range(32)]
+    best = max(firing(edits, one) - firing(irrelevant, one) for one in every_threshold)
+    assert reached == pytest.approx(best)
+
+
+def as_scores(values: Tensor) -> list[float]:
+    return [float(value) for value in values]
+
+
+def test_calibrated_threshold_survives_float32() -> None:
+    """A layer keeps epsilon in fp32: it must still lie between the scores there."""
+    edits, irrelevant = as_scores(tensor([1.0000002, 1.5])), as_scores(tensor([1.0, 0.2]))
+    threshold = tensor(calibrated_threshold(edits, irrelevant), dtype=torch.float64)
+    assert irrelevant[0] <= float(threshold.float()) <= edits[0]
