@@ -125,22 +125,12 @@ def load_edits(
     with _all_or_nothing(model, adapter_name):
         try:
             layer = attach(model, config, adapter_name)
-            result = set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+            _check_tensors(model, tensors, adapter_name, folder)
+            set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
+        except AdapterFileError:
+            raise
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
-            made_for = config.base_model_name_or_path
-            raise AdapterFileError(
-                f"the edits in {folder} do not fit this model: {error} Load them onto the model that they were made "
-                f"for{f', {made_for}' if made_for else ''}."
-            ) from error
-        expected = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-        absent = {key.removeprefix(_PEFT_PREFIX) for key in expected} - {
-            key.removeprefix(_PEFT_PREFIX) for key in tensors
-        }
-        if absent or result.unexpected_keys:
-            raise AdapterFileError(
-                f"{folder / WEIGHTS_FILE} does not hold what {CONFIG_FILE} says: "
-                f"{min(absent or result.unexpected_keys)!r} does not match. Take both files from the same save."
-            )
+            raise _misfit(folder, config, str(error)) from error
         layer.edit_stream = _continued_stream(model, tok, hparams or record.settings, layer, adapter_name, record)
     return layer
 
@@ -188,6 +178,30 @@ def _encoded(state: Tensor) -> str:
 
 def _decoded(text: str) -> Tensor:
     return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
+
+
+def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, folder: Path) -> None:
+    """Every tensor that the freshly attached adapter has, in its shape, and no other."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    expected = {key.removeprefix(_PEFT_PREFIX): tuple(value.shape) for key, value in state.items()}
+    given = {key.removeprefix(_PEFT_PREFIX): tuple(value.shape) for key, value in tensors.items()}
+    unmatched = sorted(expected.keys() ^ given.keys())
+    if unmatched:
+        raise AdapterFileError(
+            f"{folder / WEIGHTS_FILE} does not hold what {CONFIG_FILE} says: {unmatched[0]!r} is in one of them only. "
+            "Take both files from the same save."
+        )
+    for key, shape in expected.items():
+        if given[key] != shape:
+            raise ValueError(f"{key} has the shape {given[key]}, and this model needs {shape}.")
+
+
+def _misfit(folder: Path, config: WiseConfig, why: str) -> AdapterFileError:
+    name = config.base_model_name_or_path
+    return AdapterFileError(
+        f"the edits in {folder} do not fit this model: {why} Load them onto the model that they were made for"
+        f"{f', {name}' if name else ''}."
+    )
 
 
 def _continued_stream(
@@ -241,7 +255,8 @@ def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
         configs.clear()
         configs.update(configs_before)
         for layer, memories, layer_configs, switched in before:
-            layer.wisemem_memories = nn.ModuleDict(memories)
+            layer.wisemem_memories.clear()
+            layer.wisemem_memories.update(memories)
             layer.wisemem_config = layer_configs
             layer.__dict__.update(switched)
         for parameter, required in trainable:

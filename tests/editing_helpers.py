@@ -106,10 +106,13 @@ def mean_score(base: nn.Module, tok: Any, parameter: str, delta_weight: Tensor, 
 
 
 def traces(model: nn.Module) -> dict[str, Any]:
-    """Everything about a model that attaching and editing could leave behind, by identity where it has one."""
+    """Everything about a model that attaching and editing could leave behind, by identity where it has one.
+
+    The sampled prefixes are meant to stay: they are texts, and the next edit would sample the same ones.
+    """
     return {
         "modules": {name: id(module) for name, module in model.named_modules()},
-        "attributes": {name: sorted(vars(module)) for name, module in model.named_modules()},
+        "attributes": {name: sorted({*vars(module)} - {"_wise_prefixes"}) for name, module in model.named_modules()},
         "hooks": {
             name: [len(value) for key, value in sorted(vars(module).items()) if key.endswith("_hooks")]
             for name, module in model.named_modules()

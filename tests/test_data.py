@@ -62,9 +62,7 @@ def test_rephrasings_differ_from_the_edit_prompt_and_from_each_other():
 def test_no_prompt_and_no_target_occurs_twice():
     prompts = [prompt for fact in FACTS for prompt in all_prompts(fact)]
     assert len(prompts) == len({prompt.casefold() for prompt in prompts})
-    assert (
-        len({fact["subject"] for fact in FACTS}) == len({fact["target_new"] for fact in FACTS}) == len(FACTS)
-    )
+    assert len({fact["subject"] for fact in FACTS}) == len({fact["target_new"] for fact in FACTS}) == len(FACTS)
 
 
 def test_edits_leave_nearby_and_unrelated_answers_right():

@@ -38,9 +38,7 @@ def normal(shape: tuple[int, ...], count: int, seed: int = 0) -> list[Tensor]:
     return [torch.randn(shape, generator=generator) for _ in range(count)]
 
 
-def run(
-    method: str, deltas: list[Tensor], weights: list[float] | None = None, density: float = 0.5
-) -> Tensor:
+def run(method: str, deltas: list[Tensor], weights: list[float] | None = None, density: float = 0.5) -> Tensor:
     return merge(deltas, method, weights, density, seeded())
 
 
@@ -155,9 +153,7 @@ class TestAgainstPeft:
     @pytest.mark.parametrize("density", [0.01, 0.2, 0.53, 0.9])
     def test_dense(self, shards: int, density: float) -> None:
         deltas = normal((67, 129), shards, seed=shards)
-        torch.testing.assert_close(
-            merge(deltas, density=density), self.peft_ties(deltas, density), rtol=1e-6, atol=0
-        )
+        torch.testing.assert_close(merge(deltas, density=density), self.peft_ties(deltas, density), rtol=1e-6, atol=0)
 
     @pytest.mark.parametrize("shards", [2, 4])
     @pytest.mark.parametrize("rho", [0.05, 0.2, 0.5, 0.7])

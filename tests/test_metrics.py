@@ -113,9 +113,7 @@ def test_tokenizer_that_closes_every_text(tok):
             return tok.decode(ids, skip_special_tokens=skip_special_tokens)
 
     model = NextWord({"a": "b", "b": "c"}).eval()
-    assert teacher_forced(model, Closing(), [Query("a", "b c")]) == teacher_forced(
-        model, tok, [Query("a", "b c")]
-    )
+    assert teacher_forced(model, Closing(), [Query("a", "b c")]) == teacher_forced(model, tok, [Query("a", "b c")])
     assert greedy_answers(model, Closing(), ["a"], 2) == ["b c"]
 
 

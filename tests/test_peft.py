@@ -54,7 +54,6 @@ INPUTS = batch(PROMPTS)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
-    pytest.mark.filterwarnings("ignore:Adapter name 'lora' should not be contained"),
 ]
 
 
@@ -311,7 +310,7 @@ def test_adapters_are_added_chosen_combined_and_deleted(make_model: Callable[...
     assert not [name for name in peft_model.state_dict() if "second" in name]
     assert list(layer.wisemem_config) == list(layer.wisemem_memories) == ["default"]
     peft_model.delete_adapter("default")
-    assert torch.equal(logits(peft_model.get_base_model(), INPUTS), base)
+    assert torch.equal(logits(model, INPUTS), base)
 
 
 def test_disable_adapter_is_the_base_model(any_model: tuple[Any, str]) -> None:
@@ -340,7 +339,7 @@ def test_rows_are_not_assigned_by_hand(llama: Any) -> None:
 def test_other_methods_do_not_join(llama: Any) -> None:
     peft_model = wrapped(llama)
     with pytest.raises(ValueError, match=r"different peft types|Cannot combine"):
-        peft_model.add_adapter("lora", LoraConfig(target_modules=["q_proj"]))
+        peft_model.add_adapter("another", LoraConfig(target_modules=["q_proj"]))
 
 
 # -- merge and unload -------------------------------------------------------------------------------

@@ -104,9 +104,7 @@ def test_tables_refuse_what_they_cannot_show():
 # The plot
 
 
-@pytest.mark.parametrize(
-    ("epsilon", "normalised"), [(4.0, False), ([4.0, 5.0, 6.0], False), (None, True)], ids=str
-)
+@pytest.mark.parametrize(("epsilon", "normalised"), [(4.0, False), ([4.0, 5.0, 6.0], False), (None, True)], ids=str)
 def test_plot_is_a_png(tmp_path, epsilon, normalised):
     path = plot_routing(GROUPS, epsilon, tmp_path / "new" / "routing.png", normalised=normalised)
     assert path == tmp_path / "new" / "routing.png"

@@ -12,7 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from easyedit_wise.editing.requests import EditRequest, encode_pair, left_padded, pair_batch, prompt_batch
+from easyedit_wise.editing.requests import (
+    EditRequest,
+    encode_pair,
+    left_padded,
+    pair_batch,
+    prompt_batch,
+    subject_tokens,
+)
 
 CPU = torch.device("cpu")
 WORDS = sorted({word for sentence in SENTENCES for word in sentence.split()})
@@ -215,6 +222,56 @@ def test_pad_and_prompt_tokens_are_told_apart_by_place_not_by_id(tok: Any) -> No
     batch = pair_batch(tok, ["a<pad>b", "a longer prompt than that one"], "c", CPU)
     assert tok.pad_token_id in batch.input_ids[0][batch.prompt_mask[0]]
     assert batch.prompt_mask[0].sum() == len(tok("a<pad>b")["input_ids"])
+
+
+# -- the subject ----------------------------------------------------------------------------------
+
+ABOUT_FRANCE = EditRequest("The capital of France is", "Rome", subject="France")
+
+
+@pytest.mark.parametrize("template", ["$A", "<pad> $A", "<pad> $A <eos>"])
+def test_the_subjects_tokens(template: str) -> None:
+    special = with_special_tokens(template)
+    texts = ["The capital of France is", "About France. The capital of France is", "<user>The capital of France is<a>"]
+    batch = pair_batch(special, texts, "Rome", CPU, ABOUT_FRANCE)
+    assert batch.subject_mask is not None
+    for row, text in enumerate(texts):
+        marked = batch.input_ids[row][batch.subject_mask[row]]
+        assert special.decode(marked).strip() == "France"
+        # The one in the request's own prompt, not the one in a prefix.
+        (position,) = batch.subject_mask[row].nonzero().flatten().tolist()[:1]
+        before = special.decode(batch.input_ids[row][:position], skip_special_tokens=True)
+        assert before.strip() == text[: text.rindex("France")].strip()
+    assert not (batch.subject_mask & ~batch.prompt_mask).any()
+
+
+def test_a_subject_of_several_tokens(tok: Any) -> None:
+    request = EditRequest("Who wrote Zürich 42 in Lyon?", "nobody", subject="Zürich 42")
+    positions = subject_tokens(tok, request.prompt, request)
+    ids = tok(request.prompt)["input_ids"]
+    assert len(positions) > 2
+    assert tok.decode([ids[position] for position in positions]).strip() == "Zürich 42"
+
+
+def test_a_subject_that_ends_the_prompt_does_not_reach_into_the_target(tok: Any) -> None:
+    request = EditRequest("The currency of India", "euro", subject="India")
+    batch = pair_batch(tok, [request.prompt, f"So. {request.prompt}"], request.target, CPU, request)
+    assert not (batch.subject_mask & batch.target_mask).any()
+    assert batch.subject_mask.any(dim=1).all()
+
+
+def test_where_the_subject_cannot_be_told(tok: Any) -> None:
+    without = EditRequest("The capital of France is", "Rome")
+    assert subject_tokens(tok, without.prompt, without) == []
+    assert subject_tokens(tok, "Another text", ABOUT_FRANCE) == []
+    assert subject_tokens(Characters(), ABOUT_FRANCE.prompt, ABOUT_FRANCE) == []  # knows no offsets
+    for spelled, request in ((tok, None), (tok, without), (Characters(), ABOUT_FRANCE)):
+        assert pair_batch(spelled, ["The capital of France is"], "Rome", CPU, request).subject_mask is None
+    # All contexts or none: a batch in which only some rows know it would be scored in two ways.
+    assert pair_batch(tok, [ABOUT_FRANCE.prompt, "Another text"], "Rome", CPU, ABOUT_FRANCE).subject_mask is None
+
+
+# -- batches of prompts ---------------------------------------------------------------------------
 
 
 def test_prompt_batch_has_no_target(tok: Any) -> None:

@@ -66,7 +66,7 @@ def test_edits_hold_and_nothing_else_changes(edited, tok):
 
 
 def test_switched_off_it_is_the_base_model(edited, tok):
-    model, records, baseline = edited
+    model, records, _ = edited
     prompts = [record.prompt for record in records]
     with edits_disabled(model):
         off = greedy_answers(model, tok, prompts, 8)

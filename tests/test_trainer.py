@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from easyedit_wise.editing.frozen_prefix import FrozenPrefix, layer_input_of
-from easyedit_wise.editing.requests import TokenBatch, pair_batch, prompt_batch
+from easyedit_wise.editing.requests import EditRequest, TokenBatch, pair_batch, prompt_batch
 from easyedit_wise.editing.trainer import (
     EditDivergedError,
+    EditOutcome,
     EditTask,
     RecordedContexts,
     ScoredInputs,
@@ -249,6 +250,40 @@ def test_eq_5_can_be_taken_over_violated_samples_only(edit: Edit) -> None:
     assert plain.losses[0] - plain.edit_losses[0] == pytest.approx(float(margins[0]), rel=1e-4)
     assert violated.losses[0] - violated.edit_losses[0] == pytest.approx(float(margins[1]), rel=1e-4)
     assert violated.losses != plain.losses
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max"])
+def test_subject_routing(edit: Edit, pooling: str) -> None:
+    request = EditRequest("The capital of France is", "Rome", subject="France")
+    prompts = [request.prompt, f"She said. {request.prompt}"]
+    batch = pair_batch(edit.tok, prompts, request.target, CPU, request)
+    context = RecordedContexts(batch, FrozenPrefix.record(edit.model, edit.layer, batch.model_inputs()))
+    task = EditTask([context], edit.irrelevant)
+    start = torch.randn(SHAPE, generator=seeded()).mul_(0.2)
+    hparams = settings(n_iter=1, pooling=pooling, subject_routing=True)
+    tokens = F.linear(context.prefix.layer_input, start).norm(dim=-1)
+    reduce = {"mean": torch.mean, "max": torch.max}[pooling]
+    inside = torch.stack([reduce(tokens[row][batch.subject_mask[row]]) for row in range(2)])
+    outside = torch.stack([reduce(tokens[row][batch.prompt_mask[row] & ~batch.subject_mask[row]]) for row in range(2)])
+    whole = torch.stack([reduce(tokens[row][batch.prompt_mask[row]]) for row in range(2)])
+    irrelevant = edit.irrelevant.scores(start, hparams)
+
+    def margin(outcome: EditOutcome) -> float:
+        return outcome.losses[0] - outcome.edit_losses[0]
+
+    routed = train_edit(start, EVERYWHERE, task, hparams)
+    expected = routing_margin_loss(inside, torch.cat([irrelevant, outside]), 0.1, 2.0, 1.0)
+    assert routed.edit_scores == pytest.approx(inside.tolist(), rel=1e-4)
+    assert margin(routed) == pytest.approx(float(expected), rel=1e-3)
+    # Without the setting, or without a subject, the whole prompt counts and nothing of it is irrelevant.
+    expected = routing_margin_loss(whole, irrelevant, 0.1, 2.0, 1.0)
+    nameless = EditTask([RecordedContexts(replace(batch, subject_mask=None), context.prefix)], edit.irrelevant)
+    for other in (
+        train_edit(start, EVERYWHERE, task, replace(hparams, subject_routing=False)),
+        train_edit(start, EVERYWHERE, nameless, hparams),
+    ):
+        assert other.edit_scores == pytest.approx(whole.tolist(), rel=1e-4)
+        assert margin(other) == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_groups_of_contexts_take_turns(edit: Edit) -> None:

@@ -6,6 +6,7 @@ import copy as copy_module
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -118,6 +119,8 @@ def apply_wise_to_model(
         raise
     if settings.save_path:
         save_edits(model, settings.save_path)
+        # EasyEdit's GitHub version calls edited_model.save(path) where a save_path is set.
+        model.__dict__.setdefault("save", MethodType(_save, model))
     return model, RestoreWeights(lambda: _restore(model, stream, before, fresh))
 
 
@@ -175,7 +178,13 @@ def wise_config(model: nn.Module, module_name: str, hparams: WISEHyperParams) ->
     )
 
 
+def _save(model: nn.Module, path: str) -> None:
+    save_edits(model, path)
+
+
 def _restore(model: nn.Module, stream: EditStream, before: Snapshot, fresh: bool) -> None:
+    if getattr(model.__dict__.get("save"), "__func__", None) is _save:
+        del model.__dict__["save"]
     if fresh:
         detach(model)
     else:

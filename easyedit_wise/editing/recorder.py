@@ -21,6 +21,7 @@ from .requests import EditRequest, pair_batch, prompt_batch
 from .trainer import RecordedContexts, ScoredInputs
 
 _SCORING_BATCH = 16
+_PREFIXES = "_wise_prefixes"
 
 
 class PromptRecorder:
@@ -39,12 +40,10 @@ class PromptRecorder:
         self.hparams = hparams
         self.layer = layer
         # By the settings that they depend on, which may change in the middle of a stream.
-        self._prefixes: dict[tuple[int, int, int], list[str]] = {}
         self._neutral: dict[tuple[bool, bool], ScoredInputs] = {}
 
     def share_recordings(self, other: PromptRecorder) -> None:
         """Take over what ``other`` recorded on the same base model."""
-        self._prefixes.update(other._prefixes)
         self._neutral.update(other._neutral)
 
     @contextmanager
@@ -66,14 +65,26 @@ class PromptRecorder:
         return as_chat(self.tok, prompt) if self.hparams.use_chat_template else prompt
 
     def prefixes(self) -> list[str]:
-        """The sampled prefixes of the augmentation, the same for every edit of a stream."""
-        key = (self.hparams.n_contexts, self.hparams.context_length, self.hparams.seed)
-        if key not in self._prefixes:
-            n_contexts, length, seed = key
+        """The sampled prefixes of the augmentation, the same for every edit of a model.
+
+        They are only texts, so they stay with the model when its edits are taken off: an editor that
+        restores after every edit would sample them anew each time. Activations do not stay, since
+        another method may change the weights in between.
+        """
+        cache: dict[tuple[Any, ...], list[str]] = self.model.__dict__.setdefault(_PREFIXES, {})
+        settings = (self.hparams.n_contexts, self.hparams.context_length, self.hparams.seed)
+        key = (
+            type(self.tok).__name__,
+            getattr(self.tok, "name_or_path", None),
+            getattr(self.tok, "vocab_size", None),
+            *settings,
+        )
+        if key not in cache:
+            n_contexts, length, seed = settings
             generator = torch.Generator().manual_seed(seed)
             with self.main_memory_only():
-                self._prefixes[key] = generate_prefixes(self.model, self.tok, n_contexts, length, generator)
-        return self._prefixes[key]
+                cache[key] = generate_prefixes(self.model, self.tok, n_contexts, length, generator)
+        return cache[key]
 
     def contexts(self, prompts: Sequence[str], request: EditRequest) -> RecordedContexts:
         """Some contexts of an edit, each followed by its target.

@@ -144,7 +144,7 @@ def _inject(model: nn.Module, config: WiseConfig, adapter_name: str, fresh: bool
 def detach(model: nn.Module) -> None:
     """Take every WISE layer off: the very modules, hooks and trainability from before :func:`attach`."""
     layers = find_wise_layers(model)
-    if not layers:
+    if not layers and _TRAINABLE not in model.__dict__:
         return
     for name, layer in layers.items():
         parent_name, _, child = name.rpartition(".")
