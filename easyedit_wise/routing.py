@@ -17,6 +17,9 @@ from torch import Tensor
 
 MAIN_MEMORY = -1
 POOLINGS = ("mean", "max", "last")
+# The same prompt scores a little differently in another batch. A threshold keeps this share of distance from
+# the scores that it is set from, else the edit that gives the minimum would exceed it only by luck.
+_ROUNDING = 1e-3
 
 
 def routing_activation(activations: Tensor, delta_weight: Tensor) -> Tensor:
@@ -100,14 +103,15 @@ def choose_memory(scores: Tensor, epsilon: Tensor) -> Tensor:
 def minimum_threshold(edit_scores: Sequence[float], act_ratio: float = 1.0) -> float:
     """The paper's threshold: epsilon = min over the edits of Delta_act(x_e), times EasyEdit's ``act_ratio``.
 
-    The paper has no ratio (1.0); EasyEdit's YAML files have one that is tuned per model.
+    The paper has no ratio (1.0); EasyEdit's YAML files have one that is tuned per model. The result lies a
+    thousandth lower, so that the weakest edit exceeds it whatever batch it is asked in.
 
     Raises:
         ValueError: there is no edit score.
     """
     if not len(edit_scores):
         raise ValueError("epsilon is a minimum over the edits' scores, and there is none: edit first.")
-    return float(act_ratio) * float(min(edit_scores))
+    return float(act_ratio) * float(min(edit_scores)) * (1 - _ROUNDING)
 
 
 def calibrated_threshold(
@@ -122,7 +126,7 @@ def calibrated_threshold(
     Args:
         edit_scores: Delta_act(x_e) of the edits' prompts.
         irrelevant_scores: Delta_act(x_i) of irrelevant prompts.
-        position: 0 sits on the irrelevant side of the gap, 1 on the edits' side.
+        position: 0 sits on the irrelevant side of the gap, 1 on the edits' side, both with a thousandth to spare.
 
     Raises:
         ValueError: there is no edit score, or position is outside [0, 1].
@@ -133,8 +137,11 @@ def calibrated_threshold(
         raise ValueError("epsilon separates edits from irrelevant prompts, and there is no edit: edit first.")
     edits = sorted(float(score) for score in edit_scores)
     irrelevant = sorted(float(score) for score in irrelevant_scores) or [0.0]
-    if irrelevant[-1] < edits[0]:
-        return irrelevant[-1] + position * (edits[0] - irrelevant[-1])
+    low, high = irrelevant[-1], edits[0]
+    if low < high:
+        middle = (low + high) / 2
+        nearest_low, nearest_high = min(low * (1 + _ROUNDING), middle), max(high * (1 - _ROUNDING), middle)
+        return min(max(low + position * (high - low), nearest_low), nearest_high)
     levels = sorted({*edits, *irrelevant})
     candidates = [levels[0] / 2, *((low + high) / 2 for low, high in pairwise(levels))]
 

@@ -70,6 +70,18 @@ def test_they_come_from_the_model(llama: Any, tok: Any) -> None:
     assert spy.decoded[:2] == [ids[0, 1:].tolist()] * 2
 
 
+def test_special_tokens_are_never_sampled(llama: Any, tok: Any) -> None:
+    # This model would like to say nothing else.
+    llama.lm_head.register_forward_hook(
+        lambda module, args, output: output.index_add(
+            -1, torch.tensor(tok.all_special_ids), torch.full((*output.shape[:-1], len(tok.all_special_ids)), 100.0)
+        )
+    )
+    spy = SpyTokenizer(tok)
+    assert all(generate_prefixes(llama, spy, 3, 4, seeded(0)))
+    assert not {token for ids in spy.decoded for token in ids} & set(tok.all_special_ids)
+
+
 def test_a_tokenizer_without_bos_and_eos(llama: Any, tok: Any) -> None:
     class Bare(SpyTokenizer):
         bos_token_id = eos_token_id = None

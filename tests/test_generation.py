@@ -451,6 +451,14 @@ def test_a_route_expands_to_multiples_only() -> None:
     assert route.expand(6).scores.tolist() == [[2.0]] * 3 + [[1.0]] * 3
     assert route.expand(3) is None
     assert route.expand(1) is None
+    assert route.decided is None
+
+
+def test_a_route_knows_which_rows_are_still_to_be_decided() -> None:
+    scores, epsilon = torch.tensor([[2.0], [0.0]]), torch.tensor([1.5])
+    route = Route(torch.tensor([0, -1]), scores, epsilon, ("default/0",), decided=torch.tensor([True, False]))
+    assert route.expand(4).decided.tolist() == [True, True, False, False]
+    assert Route(route.choice, scores, epsilon, route.memories, decided=torch.tensor([True, True])).decided is None
 
 
 # -- threads ------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
@@ -135,16 +136,19 @@ def test_a_space_that_joins_the_target_belongs_to_the_target(tok: Any) -> None:
     assert tok.decode(tokens[n_prompt:]) == " Paris"
 
 
-def test_tokens_that_merge_across_the_boundary() -> None:
-    # "in Oslo" alone is "i n O s l o"; this tokenizer knows "is:" followed by a letter as one token, 999.
-    class Merging(Characters):
-        def __call__(self, text: str) -> dict[str, list[int]]:
-            ids = super().__call__(text)["input_ids"]
-            for start in range(len(ids) - 1):
-                if ids[start] == ord(":"):
-                    return {"input_ids": [*ids[:start], 999, *ids[start + 2 :]]}
-            return {"input_ids": ids}
+class Merging(Characters):
+    """Makes one token, 999, of a colon and the character behind it."""
 
+    is_fast = True
+
+    def __call__(self, text: str, return_offsets_mapping: bool = False) -> dict[str, Any]:
+        matches = list(re.finditer(": *[^ ]|[^ ]", text))
+        ids = [ord(match[0]) if len(match[0]) == 1 else 999 for match in matches]
+        return {"input_ids": ids, "offset_mapping": [match.span() for match in matches]}
+
+
+def test_tokens_that_merge_across_the_boundary() -> None:
+    assert Merging()("is:")["input_ids"] == [ord("i"), ord("s"), ord(":")]
     tokens, n_prompt = encode_pair(Merging(), "is:", "ab")
     assert tokens == [ord("i"), ord("s"), 999, ord("b")]
     assert n_prompt == 2  # the colon is gone, so the merged token counts as the target's
@@ -258,6 +262,13 @@ def test_a_subject_that_ends_the_prompt_does_not_reach_into_the_target(tok: Any)
     batch = pair_batch(tok, [request.prompt, f"So. {request.prompt}"], request.target, CPU, request)
     assert not (batch.subject_mask & batch.target_mask).any()
     assert batch.subject_mask.any(dim=1).all()
+
+
+def test_a_subject_whose_last_token_merges_with_the_target() -> None:
+    request = EditRequest("is:", "ab", subject="s:")
+    batch = pair_batch(Merging(), ["is:"], "ab", CPU, request)
+    assert batch.subject_mask.tolist() == [[False, True, False, False]]
+    assert batch.target_mask.tolist() == [[False, False, True, True]]
 
 
 def test_where_the_subject_cannot_be_told(tok: Any) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, tensor
+from torch import tensor
 
 from easyedit_wise.routing import (
     MAIN_MEMORY,
@@ -185,9 +185,21 @@ def test_choose_memory_is_the_definition(rows: list[list[float]]) -> None:
 
 
 def test_minimum_threshold_by_hand() -> None:
-    assert minimum_threshold([3.0, 2.0, 7.0]) == 2.0
-    assert minimum_threshold([3.0, 2.0, 7.0], act_ratio=0.85) == pytest.approx(1.7)
-    assert minimum_threshold(tensor([4.0, 6.0]).tolist(), act_ratio=0.5) == 2.0
+    # The minimum, a thousandth lower.
+    assert minimum_threshold([3.0, 2.0, 7.0]) == pytest.approx(1.998)
+    assert minimum_threshold([3.0, 2.0, 7.0], act_ratio=0.85) == pytest.approx(0.85 * 1.998)
+    assert minimum_threshold(tensor([4.0, 6.0]).tolist(), act_ratio=0.5) == pytest.approx(1.998)
+
+
+@pytest.mark.parametrize("rounding", [-1e-4, 0.0, 1e-4])
+def test_the_weakest_edit_exceeds_its_own_threshold(rounding: float) -> None:
+    """Asked again in another batch, it scores a little more or less."""
+    again = tensor([[2.0 * (1 + rounding)], [7.0 * (1 + rounding)]])
+    for epsilon in (minimum_threshold([7.0, 2.0]), calibrated_threshold([7.0, 2.0], [1.0], position=1.0)):
+        assert choose_memory(again, tensor([epsilon])).tolist() == [0, 0]
+    # Nor does the strongest irrelevant prompt at the other end of the gap.
+    epsilon = calibrated_threshold([7.0, 4.0], [2.0, 1.0], position=0.0)
+    assert choose_memory(again[:1], tensor([epsilon])).tolist() == [MAIN_MEMORY]
 
 
 def test_thresholds_need_an_edit() -> None:
@@ -197,10 +209,16 @@ def test_thresholds_need_an_edit() -> None:
         calibrated_threshold([], [1.0])
 
 
-@pytest.mark.parametrize(("position", "expected"), [(0.0, 2.0), (0.25, 3.0), (0.5, 4.0), (1.0, 6.0)])
+@pytest.mark.parametrize(("position", "expected"), [(0.0, 2.002), (0.25, 3.0), (0.5, 4.0), (1.0, 5.994)])
 def test_calibrated_threshold_of_separated_scores(position: float, expected: float) -> None:
-    # The gap goes from 2 (the highest irrelevant score) to 6 (the lowest edit): 2 + position * 4.
-    assert calibrated_threshold([9.0, 6.0, 8.0], [1.0, 2.0, 0.5], position) == expected
+    # The gap goes from 2 (the highest irrelevant score) to 6 (the lowest edit): 2 + position * 4,
+    # and a thousandth away from either.
+    assert calibrated_threshold([9.0, 6.0, 8.0], [1.0, 2.0, 0.5], position) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("position", [0.0, 0.5, 1.0])
+def test_a_gap_too_small_to_keep_distance_is_halved(position: float) -> None:
+    assert calibrated_threshold([10.001], [10.0], position) == pytest.approx(10.0005, abs=1e-9)
 
 
 def test_calibrated_threshold_without_irrelevant_prompts_starts_at_zero() -> None:
@@ -257,14 +275,3 @@ def test_no_threshold_separates_better(edits: list[float], irrelevant: list[floa
     every_threshold = [quarter / 4 + 1 / 8 for quarter in range(32)]
     best = max(firing(edits, one) - firing(irrelevant, one) for one in every_threshold)
     assert reached == pytest.approx(best)
-
-
-def as_scores(values: Tensor) -> list[float]:
-    return [float(value) for value in values]
-
-
-def test_calibrated_threshold_survives_float32() -> None:
-    """A layer keeps epsilon in fp32: it must still lie between the scores there."""
-    edits, irrelevant = as_scores(tensor([1.0000002, 1.5])), as_scores(tensor([1.0, 0.2]))
-    threshold = tensor(calibrated_threshold(edits, irrelevant), dtype=torch.float64)
-    assert irrelevant[0] <= float(threshold.float()) <= edits[0]

@@ -371,6 +371,17 @@ def test_it_stops_early_after_one_turn_of_small_and_steady_losses(edit: Edit, n_
         assert len(train_edit(ZERO, EVERYWHERE, task, strict).losses) == 9
 
 
+def test_it_does_not_stop_while_one_group_still_lacks_something(edit: Edit) -> None:
+    groups = (["The capital of France is"], ["is"])
+    hparams = settings(n_iter=6, edit_lr=1e-7, early_stop_change=1e6)
+    losses = [train_edit(ZERO, EVERYWHERE, edit.task(group), hparams).losses[0] for group in groups]
+    between = replace(hparams, early_stop_loss=sum(losses) / 2)
+    for order in (groups, groups[::-1]):
+        assert len(train_edit(ZERO, EVERYWHERE, edit.task(*order), between).losses) == 6
+    above = replace(hparams, early_stop_loss=max(losses) + 1.0)
+    assert len(train_edit(ZERO, EVERYWHERE, edit.task(*groups), above).losses) == 3
+
+
 def test_an_edit_that_holds_already_stops_soon(edit: Edit) -> None:
     task = EditTask([edit.contexts(PROMPTS, "Rome")], edit.irrelevant)
     hparams = settings(n_iter=60, edit_lr=0.05, optimizer="adam", early_stop_loss=3.5, early_stop_change=0.2)

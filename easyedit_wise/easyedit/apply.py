@@ -103,19 +103,21 @@ def apply_wise_to_model(
     if copy:
         model = copy_module.deepcopy(model)
     fresh = not find_wise_layers(model)
+    n_made = 0
     try:
         stream = stream_of(model, tok, settings)
         before = stream.snapshot()
         with tqdm(total=len(edits), desc="WISE", unit="edit", disable=len(edits) < 2) as bar:
 
             def committed(*_: Any) -> None:
+                nonlocal n_made
+                n_made += 1
                 bar.update()
 
             stream.apply(edits, on_edit=committed)
     except BaseException:
-        layers = find_wise_layers(model)
-        if fresh and not any(memory.n_edits for layer in layers.values() for memory in layer.memories(ADAPTER_NAME)):
-            detach(model)  # not one edit was made: leave no trace
+        if fresh and not n_made:
+            detach(model)  # not one edit was made: leave no trace, of loaded edits neither
         raise
     if settings.save_path:
         save_edits(model, settings.save_path)
@@ -183,9 +185,9 @@ def _save(model: nn.Module, path: str) -> None:
 
 
 def _restore(model: nn.Module, stream: EditStream, before: Snapshot, fresh: bool) -> None:
-    if getattr(model.__dict__.get("save"), "__func__", None) is _save:
-        del model.__dict__["save"]
     if fresh:
         detach(model)
+        if getattr(model.__dict__.get("save"), "__func__", None) is _save:
+            del model.__dict__["save"]
     else:
         stream.restore(before)

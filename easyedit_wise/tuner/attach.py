@@ -142,7 +142,10 @@ def _inject(model: nn.Module, config: WiseConfig, adapter_name: str, fresh: bool
 
 
 def detach(model: nn.Module) -> None:
-    """Take every WISE layer off: the very modules, hooks and trainability from before :func:`attach`."""
+    """Take every WISE layer off: the very modules, hooks and trainability from before :func:`attach`.
+
+    What stays is the texts that an editor sampled from the model for its prefix augmentation.
+    """
     layers = find_wise_layers(model)
     if not layers and _TRAINABLE not in model.__dict__:
         return
