@@ -151,9 +151,8 @@ def route_prompts(model: Any, tok: Any, records: Sequence[FactRecord]) -> list[R
 
 def routing_table(routed: Sequence[RoutedPrompt]) -> Table:
     """Which memory answered each prompt."""
-    table = Table(title="Which memory answered", show_lines=False)
-    for column, justify in (("asked", "left"), ("prompt", "left"), ("memory", "left"), ("score", "right")):
-        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    table = Table("asked", "prompt", "memory", title="Which memory answered")
+    table.add_column("score", justify="right")
     table.add_column("epsilon", justify="right")
     for one in routed:
         table.add_row(one.kind, one.prompt, one.memory, f"{one.score:.2f}", f"{one.epsilon:.2f}")

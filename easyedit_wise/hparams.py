@@ -7,7 +7,6 @@ defaults, so a file may hold either set.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,14 @@ from typing import Any
 
 import yaml
 
+from .checks import (
+    check_choice,
+    check_inner_params,
+    check_positive_int,
+    is_number,
+    nearest,
+    number_from_scientific_notation,
+)
 from .merging import MERGE_METHODS
 from .routing import POOLINGS
 
@@ -134,69 +141,69 @@ class WISEHyperParams:
         Raises:
             ValueError: naming the first value that does not fit, the limit and the cure.
         """
-        _check_inner_params(self.inner_params)
+        check_inner_params(self.inner_params)
         if self.alg_name != "WISE":
             raise ValueError(f"alg_name is {self.alg_name!r}: these settings are WISE's, so it must be 'WISE'.")
-        if not _is_number(self.mask_ratio) or not 0.0 < self.mask_ratio <= 1.0:
+        if not is_number(self.mask_ratio) or not 0.0 < self.mask_ratio <= 1.0:
             raise ValueError(
                 f"mask_ratio (rho) is {self.mask_ratio!r}, outside (0, 1]: it is the share of the side memory "
                 "that one shard may change; the paper uses 0.2."
             )
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
-            if not _is_number(value) or not math.isfinite(value) or value < 0:
+            if not is_number(value) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} is {value!r}: the margins of Eq. 5 are finite numbers of at least 0.")
         if self.beta <= self.alpha:
             raise ValueError(
                 f"beta ({self.beta}) must be greater than alpha ({self.alpha}): edits must score above beta and "
                 "irrelevant prompts below alpha; the paper uses act_margin: [5.0, 20.0, 10.0]."
             )
-        _check_positive_int("n_iter", self.n_iter)
-        _check_positive_int("merge_freq", self.merge_freq)
+        check_positive_int("n_iter", self.n_iter)
+        check_positive_int("merge_freq", self.merge_freq)
         if self.save_freq is not None:
-            _check_positive_int("save_freq", self.save_freq)
+            check_positive_int("save_freq", self.save_freq)
             if self.merge_freq % self.save_freq:
                 lower = max(self.save_freq, self.merge_freq // self.save_freq * self.save_freq)
                 raise ValueError(
                     f"merge_freq ({self.merge_freq}) must be a multiple of save_freq ({self.save_freq}), since a "
                     f"merge folds whole shards: set it to {lower} or {lower + self.save_freq}, for instance."
                 )
-        _check_choice("merge_alg", self.merge_alg, tuple(MERGE_METHODS))
-        _check_choice("objective_optimization", self.objective_optimization, OBJECTIVES)
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("merge_alg", self.merge_alg, tuple(MERGE_METHODS))
+        check_choice("objective_optimization", self.objective_optimization, OBJECTIVES)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("pooling", self.pooling, POOLINGS)
         for name in ("edit_lr", "first_token_weight"):
             value = getattr(self, name)
-            if not _is_number(value) or not math.isfinite(value) or value <= 0:
+            if not is_number(value) or not math.isfinite(value) or value <= 0:
                 raise ValueError(f"{name} is {value!r}: it must be a finite number greater than 0.")
         for name in ("weight_decay", "rehearsal", "early_stop_loss", "early_stop_change"):
             value = getattr(self, name)
-            if not _is_number(value) or not math.isfinite(value) or value < 0:
+            if not is_number(value) or not math.isfinite(value) or value < 0:
                 raise ValueError(f"{name} is {value!r}: it must be a finite number of at least 0.")
         for name in ("norm_constraint", "act_ratio", "weights"):
             value = getattr(self, name)
-            if value is not None and (not _is_number(value) or not math.isfinite(value) or value <= 0):
+            if value is not None and (not is_number(value) or not math.isfinite(value) or value <= 0):
                 raise ValueError(
                     f"{name} is {value!r}: it must be a finite number greater than 0, or null to switch it off."
                 )
-        if self.densities is not None and (not _is_number(self.densities) or not 0.0 < self.densities <= 1.0):
+        if self.densities is not None and (not is_number(self.densities) or not 0.0 < self.densities <= 1.0):
             raise ValueError(
                 f"densities is {self.densities!r}, outside (0, 1]: it is the share of each shard that TIES keeps."
             )
-        if not _is_number(self.epsilon_position) or not 0.0 <= self.epsilon_position <= 1.0:
+        if not is_number(self.epsilon_position) or not 0.0 <= self.epsilon_position <= 1.0:
             raise ValueError(f"epsilon_position is {self.epsilon_position!r}, outside [0, 1].")
         if self.score_activation is not None:
             from transformers.activations import ACT2FN
 
-            _check_choice("score_activation", self.score_activation, tuple(ACT2FN))
+            check_choice("score_activation", self.score_activation, tuple(ACT2FN))
         for name in ("n_contexts", "irrelevant_prompts"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} is {value!r}: it must be a whole number, 0 (none) or more.")
         if self.contexts_per_step is not None:
-            _check_positive_int("contexts_per_step", self.contexts_per_step)
+            check_positive_int("contexts_per_step", self.contexts_per_step)
         for name in ("context_length", "batch_size", "max_length"):
-            _check_positive_int(name, getattr(self, name))
+            check_positive_int(name, getattr(self, name))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed is {self.seed!r}: it must be a whole number.")
         for name in _SWITCHES:
@@ -215,10 +222,10 @@ class WISEHyperParams:
         Raises:
             ValueError: an unknown key (the nearest known one is named), or a value out of range.
         """
-        values = {key: _number_from_scientific_notation(value) for key, value in config.items()}
+        values = {key: number_from_scientific_notation(value) for key, value in config.items()}
         if "act_margin" in values:
             margin = values.pop("act_margin")
-            if not isinstance(margin, (list, tuple)) or len(margin) != 3 or not all(map(_is_number, margin)):
+            if not isinstance(margin, (list, tuple)) or len(margin) != 3 or not all(map(is_number, margin)):
                 raise ValueError(
                     f"act_margin is {margin!r}: it must be three numbers [alpha, beta, gamma], "
                     "for instance [5.0, 20.0, 10.0] as in the paper."
@@ -228,7 +235,7 @@ class WISEHyperParams:
         unknown = [key for key in values if key not in known]
         if unknown:
             raise ValueError(
-                f"unknown WISE setting {unknown[0]!r}{_nearest(str(unknown[0]), (*known, 'act_margin'))} "
+                f"unknown WISE setting {unknown[0]!r}{nearest(str(unknown[0]), (*known, 'act_margin'))} "
                 f"Known settings: {', '.join(sorted(known | {'act_margin'}))}."
             )
         if "inner_params" not in values:
@@ -261,7 +268,7 @@ class WISEHyperParams:
                 names = packaged_hparams()
                 raise FileNotFoundError(
                     f"{path} does not exist and no packaged settings are called {path.stem!r}"
-                    f"{_nearest(path.stem, names)} Packaged: {', '.join(names)}."
+                    f"{nearest(path.stem, names)} Packaged: {', '.join(names)}."
                 )
             text = packaged.read_text(encoding="utf-8")
         try:
@@ -304,50 +311,3 @@ def packaged_hparams() -> list[str]:
     """Names that :meth:`WISEHyperParams.from_hparams` finds without a path."""
     folder = resources.files("easyedit_wise") / "data" / "hparams" / "WISE"
     return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _number_from_scientific_notation(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-4`` as text; EasyEdit turns such text into a number, and so must we."""
-    if isinstance(value, str) and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f": did you mean {match[0]!r}?" if match else "."
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}{_nearest(str(value), choices)} Choose from: {', '.join(choices)}.")
-
-
-def _check_positive_int(name: str, value: Any) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1.")
-
-
-def _check_inner_params(inner_params: Any) -> None:
-    if isinstance(inner_params, str) or not isinstance(inner_params, (list, tuple)) or not inner_params:
-        raise ValueError(
-            f"inner_params is {inner_params!r}: it must be a list with the one value matrix to edit, "
-            "for instance [model.layers[27].mlp.down_proj.weight]."
-        )
-    if len(inner_params) > 1:
-        raise ValueError(
-            f"inner_params names {len(inner_params)} matrices ({', '.join(map(str, inner_params))}): WISE edits "
-            "exactly one, so keep the one in the middle-to-late layer."
-        )
-    if not isinstance(inner_params[0], str) or not inner_params[0].strip():
-        raise ValueError(
-            f"inner_params names {inner_params[0]!r}: it must be the value matrix's name, "
-            "for instance model.layers[27].mlp.down_proj.weight."
-        )

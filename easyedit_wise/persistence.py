@@ -6,7 +6,6 @@ safetensors and everything else is JSON: nothing is ever unpickled.
 
 from __future__ import annotations
 
-import base64
 import ctypes
 import json
 import os
@@ -14,38 +13,37 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .editing.requests import EditRequest
-from .editing.stream import EditStream, HeldEdit, Snapshot
+from .adapter_files import (
+    CONFIG_FILE,
+    EDITS_FILE,
+    FORMAT_VERSION,
+    OUR_FILES,
+    WEIGHTS_FILE,
+    AdapterFileError,
+    EditsRecord,
+    encoded,
+    read_config,
+    read_record,
+    read_tensors,
+)
+from .editing.stream import EditStream, Snapshot
 from .hparams import WISEHyperParams
 from .tuner.attach import attach, detach
 from .tuner.config import WiseConfig
 from .tuner.layer import WiseLayer
 from .tuner.model import find_wise_layers
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-EDITS_FILE = "wise_edits.json"
-# PEFT writes a model card beside its adapters.
-_OUR_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE, "README.md"})
-FORMAT_VERSION = 1
 # PEFT's checkpoints name modules as seen from the wrapping PeftModel.
 _PEFT_PREFIX = "base_model.model."
 # What loading changes on a layer beside its memories.
 _SWITCHED = ("_active_adapter", "edit_stream", "last_route")
-
-
-class AdapterFileError(ValueError):
-    """A saved adapter is missing, damaged, or made for another model."""
 
 
 def save_edits(model: nn.Module, path: str | Path, adapter_name: str = "default") -> Path:
@@ -70,7 +68,7 @@ def save_edits(model: nn.Module, path: str | Path, adapter_name: str = "default"
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: edits are saved as a folder, so name another path.")
-    foreign = sorted({entry.name for entry in target.iterdir()} - _OUR_FILES) if target.exists() else []
+    foreign = sorted({entry.name for entry in target.iterdir()} - OUR_FILES) if target.exists() else []
     if foreign:
         raise ValueError(
             f"{target} holds {foreign[0]!r}, which is not part of saved edits, and a folder is replaced as a whole: "
@@ -120,8 +118,8 @@ def load_edits(
         AdapterFileError: a file is missing, damaged, or does not fit this model; the model is as before.
     """
     folder = Path(path)
-    config, tensors = _read_config(folder), _read_tensors(folder)
-    record = _read_record(folder, n_memories=len(config.memories))
+    config, tensors = read_config(folder), read_tensors(folder)
+    record = read_record(folder, n_memories=len(config.memories))
     with _all_or_nothing(model, adapter_name):
         try:
             layer = attach(model, config, adapter_name)
@@ -133,15 +131,6 @@ def load_edits(
             raise _misfit(folder, config, str(error)) from error
         layer.edit_stream = _continued_stream(model, tok, hparams or record.settings, layer, adapter_name, record)
     return layer
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What ``wise_edits.json`` says; all of it empty for a folder that PEFT's own ``save_pretrained`` wrote."""
-
-    settings: WISEHyperParams | None = None
-    held: tuple[HeldEdit, ...] = ()
-    generator_state: Tensor | None = None
 
 
 def _edits_record(layer: WiseLayer, layer_name: str, adapter_name: str) -> dict[str, Any]:
@@ -168,16 +157,8 @@ def _edits_record(layer: WiseLayer, layer_name: str, adapter_name: str) -> dict[
         ],
         "settings": stream.hparams.to_dict() if stream else None,
         # Without it the next shard would get the first one's mask again.
-        "generator": _encoded(stream.snapshot().generator_state) if stream else None,
+        "generator": encoded(stream.snapshot().generator_state) if stream else None,
     }
-
-
-def _encoded(state: Tensor) -> str:
-    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
-
-
-def _decoded(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text, validate=True)), dtype=torch.uint8)
 
 
 def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, folder: Path) -> None:
@@ -210,7 +191,7 @@ def _continued_stream(
     settings: WISEHyperParams | None,
     layer: WiseLayer,
     adapter_name: str,
-    record: _Record,
+    record: EditsRecord,
 ) -> EditStream | None:
     """The stream with its edits and its place in the random numbers; None if there are no settings for one."""
     if settings is None:
@@ -269,67 +250,6 @@ def _only_layer(model: nn.Module) -> tuple[str, WiseLayer]:
     if not layers:
         raise ValueError("this model carries no edits: edit it first, then save.")
     return next(iter(layers.items()))
-
-
-def _read_config(folder: Path) -> WiseConfig:
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise AdapterFileError(f"{path} does not exist: name a folder that edits were saved into.")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict) or values.get("peft_type") != "WISE":
-            raise AdapterFileError(f"{path} is not a WISE adapter's configuration (no peft_type 'WISE').")
-        return WiseConfig.from_pretrained(str(folder))
-    except AdapterFileError:
-        raise
-    except (ValueError, TypeError, OSError) as error:
-        raise AdapterFileError(
-            f"{path} is damaged ({error}): take it from a backup or save the edits again."
-        ) from error
-
-
-def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise AdapterFileError(f"{path} does not exist: name a folder that edits were saved into.")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise AdapterFileError(
-            f"{path} is damaged ({error}): take it from a backup or save the edits again."
-        ) from error
-
-
-def _read_record(folder: Path, n_memories: int) -> _Record:
-    """The list of edits; a folder that PEFT's own ``save_pretrained`` wrote has none."""
-    path = folder / EDITS_FILE
-    if not path.is_file():
-        return _Record()
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        version = int(values.get("format_version", 0))
-        if version > FORMAT_VERSION:
-            raise AdapterFileError(
-                f"{path} has format {version}, and this version reads up to {FORMAT_VERSION}: update easyedit_wise."
-            )
-        return _parsed_record(values, n_memories)
-    except AdapterFileError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError) as error:
-        raise AdapterFileError(
-            f"{path} is damaged ({error}): take it from a backup or save the edits again."
-        ) from error
-
-
-def _parsed_record(values: Mapping[str, Any], n_memories: int) -> _Record:
-    settings, generator = values.get("settings"), values.get("generator")
-    held = tuple(HeldEdit(EditRequest.from_easyedit(edit), int(edit["memory"])) for edit in values.get("edits", []))
-    if any(not 0 <= edit.memory < n_memories for edit in held):
-        raise ValueError(f"an edit is in a memory that does not exist, the adapter has {n_memories}")
-    state = None if generator is None else _decoded(generator)
-    if state is not None:
-        torch.Generator().set_state(state)  # refuses what is not a generator's state
-    return _Record(WISEHyperParams.from_dict(settings) if settings else None, held, state)
 
 
 def _replace_folder(new: Path, target: Path) -> None:
