@@ -85,8 +85,7 @@ def save_edits(model: nn.Module, path: str | Path, adapter_name: str = "default"
         save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
         layer.wisemem_config[adapter_name].save_pretrained(str(aside))
         record = _edits_record(layer, layer_name, adapter_name)
-        # A device is the one setting that need not be a plain value; its name says as much.
-        text = json.dumps(record, indent=1, ensure_ascii=False, default=str)
+        text = json.dumps(record, indent=1, ensure_ascii=False)
         (aside / EDITS_FILE).write_text(text, encoding="utf-8")
         aside.chmod(0o755)
         _replace_folder(aside, target)

@@ -25,6 +25,7 @@ from tuner_helpers import (
     memory,
     score_alone,
     set_thresholds,
+    share_out,
     with_memories,
 )
 
@@ -162,6 +163,19 @@ def test_a_batch_of_different_routes_is_each_row_alone(edited: Edited, options: 
     assert torch.allclose(last_route(edited.model).scores[:, 0], torch.tensor(edited.scores), rtol=1e-5)
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_rows_that_pick_different_memories_keep_them(edited: Edited, use_cache: bool) -> None:
+    """WISE-Retrieve while decoding."""
+    states = share_out(edited.model)
+    said = generate(edited.model, batch(PROMPTS), N, use_cache=use_cache)
+    choice = last_route(edited.model).choice.tolist()
+    assert len(set(choice)) >= 3
+    for row, prompt in enumerate(PROMPTS):
+        if choice[row] >= 0:
+            edited.delta_weight = states[choice[row]].delta_weight
+        assert said[row] == edited.greedy(prompt, choice[row] >= 0)
+
+
 def test_a_batch_in_a_loop_is_each_row_alone(edited: Edited) -> None:
     routed = edited.split()
     *_, said = decoding(edited.model, PROMPTS)
@@ -220,6 +234,28 @@ def test_a_prompt_in_chunks_is_routed_by_its_first_chunk_with_a_token(llama_edit
         would_flip |= any(len(x) and bool((x.mean() > epsilon) != r) for x, r in zip(later, routed, strict=True))
     assert len(outcomes) > 2
     assert would_flip
+
+
+@torch.no_grad()
+def test_what_one_chunk_decided_a_later_one_leaves(llama_edited: Edited) -> None:
+    """Rows that begin in the first, second and third chunk; the first one ends before the second chunk."""
+    model, layer = llama_edited.model, llama_edited.layer
+    cache = DynamicCache(config=model.config)
+    ids = torch.tensor([[5, 6, 1, 1, 1, 1], [1, 1, 9, 10, 1, 1], [1, 1, 1, 1, 40, 300]])
+    mask = (ids != 1).long()
+    scores = []
+    for start in (0, 2, 4):
+        chunk = slice(start, start + 2)
+        model(input_ids=ids[:, chunk], attention_mask=mask[:, : start + 2], past_key_values=cache)
+        scores.append(layer.last_route.scores[:, 0].tolist())
+    first, second, third = scores
+    assert first[0] > 0
+    assert first[1:] == [0, 0]
+    assert second[0] == first[0]
+    assert second[1] > 0 == second[2]
+    assert third[:2] == second[:2]
+    assert third[2] > 0
+    assert layer.last_route.decided is None
 
 
 def test_a_second_generation_decides_anew(edited: Edited) -> None:

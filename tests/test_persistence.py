@@ -477,6 +477,8 @@ def test_damaged_files_are_named_and_leave_the_model_alone(folder: Path, llama: 
 def test_damaged_files_leave_earlier_edits_alone(folder: Path, llama: Any, how: str, adapter_name: str) -> None:
     damage(folder, how)
     layer = with_memories(llama, LLAMA, ALWAYS, 1.0)
+    layer.install("default", [*layer.memories("default"), memory(layer, 2, stage="live")])
+    layer.set_adapter("default", inference_mode=False)  # as while PEFT trains it
     layer.edit_stream = object()
     states = layer.memories("default")
     edited, before = logits(llama, INPUTS), fingerprint(llama)
