@@ -22,6 +22,9 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+# Tiny models: a second thread costs more than it brings, and a great deal on a busy machine.
+torch.set_num_threads(1)
+
 SENTENCES = [
     "The capital of France is Paris. The capital of Germany is Berlin. The capital of Italy is Rome.",
     "Water is made of hydrogen and oxygen. The largest planet in the solar system is Jupiter.",

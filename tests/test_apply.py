@@ -548,3 +548,22 @@ def test_restoring_a_later_call_keeps_the_earlier_calls_save(llama: Any, tok: An
     assert hasattr(llama, "save")
     restore_first()
     assert not hasattr(llama, "save")
+
+
+def test_loaded_edits_in_another_layer(make_model: Any, tok: Any, tmp_path: Path) -> None:
+    model, fresh = make_model("llama"), make_model("llama")
+    apply_wise_to_model(model, tok, requests(1), settings(save_path=str(tmp_path / "edits")))
+    trace = traces(fresh)
+    other = settings("model.layers[2].mlp.down_proj.weight", load_path=str(tmp_path / "edits"))
+    with pytest.raises(ValueError, match=r"edits are in model\.layers\.1\.mlp\.down_proj, but"):
+        apply_wise_to_model(fresh, tok, requests(1), other)
+    assert traces(fresh) == trace
+
+
+def test_edits_loaded_under_another_name_go_on_under_it(make_model: Any, tok: Any, tmp_path: Path) -> None:
+    model, fresh = make_model("llama"), make_model("llama")
+    apply_wise_to_model(model, tok, requests(1), settings())
+    layer = load_edits(fresh, save_edits(model, tmp_path / "edits"), adapter_name="facts")
+    apply_wise_to_model(fresh, tok, requests(2)[1:], settings(save_path=str(tmp_path / "more")))
+    assert sum(memory.n_edits for memory in layer.memories("facts")) == 2
+    assert (tmp_path / "more" / "adapter_model.safetensors").exists()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy as copy_module
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
@@ -120,9 +120,9 @@ def apply_wise_to_model(
             detach(model)  # not one edit was made: leave no trace, of loaded edits neither
         raise
     if settings.save_path:
-        save_edits(model, settings.save_path)
+        save_edits(model, settings.save_path, stream.adapter_name)
         # EasyEdit's GitHub version calls edited_model.save(path) where a save_path is set.
-        model.__dict__.setdefault("save", MethodType(_save, model))
+        model.__dict__.setdefault("save", partial(_save, model, stream.adapter_name))
     return model, RestoreWeights(lambda: _restore(model, stream, before, fresh))
 
 
@@ -135,23 +135,25 @@ def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStrea
     """
     name = check_layer(model, hparams.inner_params[0])
     layers = find_wise_layers(model)
+    if not layers and hparams.load_path and Path(hparams.load_path).exists():
+        load_edits(model, hparams.load_path, tok=tok, hparams=hparams)
+        layers = find_wise_layers(model)
     if layers and name not in layers:
         raise ValueError(
             f"this model's edits are in {next(iter(layers))}, but inner_params names {name}: a stream of edits stays "
             "in one layer. Restore the model first, or name the same layer."
         )
-    if not layers and hparams.load_path and Path(hparams.load_path).exists():
-        load_edits(model, hparams.load_path, tok=tok, hparams=hparams)
-        layers = find_wise_layers(model)
     if not layers:
         attach(model, wise_config(model, name, hparams), ADAPTER_NAME)
         layers = find_wise_layers(model)
     layer = layers[name]
     stream = layer.edit_stream
     if not isinstance(stream, EditStream) or stream.model is not model:
-        stream = EditStream(model, tok, hparams, layer, ADAPTER_NAME)
+        # Edits that were loaded under another name go on under it.
+        adapter_name = next(iter(layer.active_adapters), ADAPTER_NAME)
+        stream = EditStream(model, tok, hparams, layer, adapter_name)
         layer.edit_stream = stream
-    _check_routing_kept(layer.wisemem_config[ADAPTER_NAME], hparams)
+    _check_routing_kept(layer.wisemem_config[stream.adapter_name], hparams)
     stream.use(tok, hparams)
     return stream
 
@@ -180,14 +182,14 @@ def wise_config(model: nn.Module, module_name: str, hparams: WISEHyperParams) ->
     )
 
 
-def _save(model: nn.Module, path: str) -> None:
-    save_edits(model, path)
+def _save(model: nn.Module, adapter_name: str, path: str) -> None:
+    save_edits(model, path, adapter_name)
 
 
 def _restore(model: nn.Module, stream: EditStream, before: Snapshot, fresh: bool) -> None:
     if fresh:
         detach(model)
-        if getattr(model.__dict__.get("save"), "__func__", None) is _save:
+        if getattr(model.__dict__.get("save"), "func", None) is _save:
             del model.__dict__["save"]
     else:
         stream.restore(before)
