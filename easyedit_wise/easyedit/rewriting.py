@@ -32,7 +32,7 @@ class RewritingLoader(SourceFileLoader):
         path = self.get_filename(fullname)
         return self.source_to_code(self.get_data(path), path)
 
-    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> Any:  # type: ignore[override]
+    def source_to_code(self, data: Any, path: Any, *, _optimize: int = -1) -> Any:  # type: ignore[override]  # typeshed differs by Python version
         """Compile the source after rewriting it."""
         return compile(rewrite(ast.parse(data, path)), path, "exec", dont_inherit=True, optimize=_optimize)
 
