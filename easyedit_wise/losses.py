@@ -5,13 +5,17 @@ L = L_edit + L_a [+ L_replay] [+ c L_rehearsal], all but the last as in the pape
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
 def edit_loss(
-    logits: Tensor, targets: Tensor, sequence_ids: Tensor, is_first: Tensor, first_token_weight: float = 1.0
+    logits: Tensor,
+    targets: Tensor,
+    sequence_ids: Tensor,
+    is_first: Tensor,
+    first_token_weight: float = 1.0,
+    n_sequences: int | None = None,
 ) -> Tensor:
     """-log P_{W_v'}(y_e | x_e): mean over each sequence's target tokens, then over the sequences.
 
@@ -23,13 +27,15 @@ def edit_loss(
         is_first: shape (N,), True at the first target token of a sequence.
         first_token_weight: weight of the first target token relative to the others. It decides
             whether generation starts to say the new fact; 1.0 is the paper's plain mean.
+        n_sequences: B, where it is known: reading it off ``sequence_ids`` makes the host wait for the device.
 
     Returns:
         A scalar.
     """
     token_loss = F.cross_entropy(logits.float(), targets, reduction="none")
-    weight = torch.where(is_first, token_loss.new_tensor(first_token_weight), token_loss.new_tensor(1.0))
-    n_sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
+    weight = 1.0 + (first_token_weight - 1.0) * is_first
+    if n_sequences is None:
+        n_sequences = int(sequence_ids.max()) + 1 if sequence_ids.numel() else 0
     total = token_loss.new_zeros(n_sequences).index_add(0, sequence_ids, token_loss * weight)
     norm = token_loss.new_zeros(n_sequences).index_add(0, sequence_ids, weight)
     counted = norm > 0  # a context whose target left no position to predict it from says nothing
@@ -68,8 +74,8 @@ def upstream_margin_loss(
     """
 
     def mean_of_violated(hinge: Tensor) -> Tensor:
-        violated = hinge[hinge > 0]
-        return violated.mean() if violated.numel() else hinge.sum() * 0.0
+        # Counted, not selected: how many are violated must not be known on the host.
+        return F.relu(hinge).sum() / (hinge > 0).sum().clamp(min=1)
 
     gap = gamma - (edit_scores[None, :] - irrelevant_scores[:, None])
     return (
@@ -94,18 +100,19 @@ def replay_loss(past_scores: Tensor, alpha: float) -> Tensor:
     return F.relu(past_scores - alpha).mean()
 
 
-def rehearsal_loss(delta_weight: Tensor, reference: Tensor, activations: Tensor) -> Tensor:
-    """How much this edit disturbs earlier ones: mean over tokens of || (dW - dW_0) a ||_2^2.
+def rehearsal_loss(product: Tensor, reference: Tensor, n_tokens: int) -> Tensor:
+    """How much this edit disturbs earlier ones: mean over their tokens of || (dW - dW_0) a ||_2^2.
 
     Not in the paper: it keeps what the shard's earlier edits learned, at the price of one small
-    product per iteration and no forward pass (docs/experiments.md has what it is worth).
+    product per iteration and no forward pass (docs/experiments.md has what it is worth). With A the earlier
+    edits' activations it is || (dW - dW_0) A^T ||_F^2 / N, so any matrix B with B^T B = A^T A serves for A.
 
     Args:
-        delta_weight: dW, the memory in training, shape (d_out, d_in).
-        reference: dW_0, the same memory before this edit, shape (d_out, d_in).
-        activations: A(x) of earlier edits' tokens, shape (N, d_in).
+        product: dW b of each row b, dW the memory in training, shape (R, d_out).
+        reference: dW_0 b, the same memory before this edit, shape (R, d_out).
+        n_tokens: N, the tokens that the R rows stand for.
 
     Returns:
         A scalar.
     """
-    return F.linear(activations, delta_weight - reference).square().sum(dim=-1).mean()
+    return (product - reference).square().sum() / n_tokens

@@ -8,6 +8,7 @@ M side memories. Scores have the unit of the layer's output norm.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -146,8 +147,8 @@ def calibrated_threshold(
     candidates = [levels[0] / 2, *((low + high) / 2 for low, high in pairwise(levels))]
 
     def separation(threshold: float) -> float:
-        fired = sum(score > threshold for score in edits) / len(edits)
-        false_fires = sum(score > threshold for score in irrelevant) / len(irrelevant)
+        fired = 1 - bisect_right(edits, threshold) / len(edits)
+        false_fires = 1 - bisect_right(irrelevant, threshold) / len(irrelevant)
         return fired - false_fires
 
     # Ties go to the lower threshold: an edit that does not fire is an edit that was lost.

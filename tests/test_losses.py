@@ -135,15 +135,16 @@ def test_rehearsal_loss_by_hand() -> None:
     # dW - dW_0 = [[1, 0], [0, 2]]; a = (1, 1): (1, 2), squares 5; a = (3, 0): (3, 0), squares 9. Mean 7.
     delta_weight, reference = tensor([[2.0, 1.0], [1.0, 2.0]]), tensor([[1.0, 1.0], [1.0, 0.0]])
     activations = tensor([[1.0, 1.0], [3.0, 0.0]])
-    assert rehearsal_loss(delta_weight, reference, activations).item() == 7.0
-    assert rehearsal_loss(reference, reference, activations).item() == 0.0
+    product, before = activations @ delta_weight.T, activations @ reference.T
+    assert rehearsal_loss(product, before, 2).item() == 7.0
+    assert rehearsal_loss(product, before, 4).item() == 3.5  # two rows that stand for four tokens
+    assert rehearsal_loss(before, before, 2).item() == 0.0
 
 
 def test_rehearsal_loss_allows_what_earlier_tokens_do_not_see() -> None:
     """A change in directions that no earlier token has is free, in value and in gradient."""
-    reference = torch.zeros(2, 3)
     changed: Tensor = tensor([[0.0, 0.0, 5.0], [0.0, 0.0, -7.0]], requires_grad=True)
-    loss = rehearsal_loss(changed, reference, tensor([[1.0, 2.0, 0.0]]))
+    loss = rehearsal_loss(tensor([[1.0, 2.0, 0.0]]) @ changed.T, torch.zeros(1, 2), 1)
     loss.backward()
     assert loss.item() == 0
     assert not changed.grad.any()

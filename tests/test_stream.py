@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy
@@ -307,7 +308,7 @@ def test_replay_only_of_what_other_memories_hold(llama: Any, tok: Any, spied_tas
     assert [None if task.past is None else len(task.past) for task in spied_tasks] == [None, None, 2, 2, 4]
     base = copy.deepcopy(llama)
     stored = spied_tasks[2].past
-    rows = [stored.activations[row][stored.token_mask[row]] for row in range(2)]
+    rows = [stored.select(torch.tensor([row])).activations for row in range(2)]
     base.model.layers[1].mlp.down_proj = base.model.layers[1].mlp.down_proj.base_layer
     for edit in EDITS[:2]:  # the two edits of the first memory, in whatever order
         wanted = layer_input(base, tok, LAYERS["llama"], edit.prompt)
@@ -330,7 +331,8 @@ def test_rehearsal_of_the_shards_own_earlier_edits(llama: Any, tok: Any, spied_t
     stream = open_stream(llama, tok, settings(save_freq=3, merge_freq=6, rehearsal=0.1, n_iter=1))
     stream.apply(EDITS[:5])
     tokens = [len(tok(f"{edit.prompt} {edit.target}")["input_ids"]) for edit in EDITS]
-    seen = [0 if task.earlier is None else len(task.earlier) for task in spied_tasks]
+    seen = [0 if task.earlier is None else len(task.earlier.rows) for task in spied_tasks]
+    assert seen == [0 if task.earlier is None else task.earlier.n_tokens for task in spied_tasks]
     assert seen == [0, tokens[0], tokens[0] + tokens[1], 0, tokens[3]]
 
 
@@ -361,45 +363,66 @@ def test_earlier_edits_do_not_leak_into_what_is_recorded(
     # Everything is recorded from the main memory, although the model answers with its edits by now.
     stream = open_stream(make_model("llama"), tok, settings(n_iter=10, edit_lr=0.3, norm_constraint=None))
     stream.apply([EDITS[0], EDITS[0]])
-    first, second = (task.contexts[0].prefix for task in spied_tasks)
-    assert torch.equal(first.layer_output, second.layer_output)
-    assert torch.equal(first.layer_input, second.layer_input)
+    first, second = (task.contexts[0] for task in spied_tasks)
+    assert torch.equal(first.prefix.layer_output, second.prefix.layer_output)
+    assert torch.equal(first.activations, second.activations)
     assert stream.layer.disable_adapters is False
 
 
 # -- memory ---------------------------------------------------------------------------------------
 
 
-def tensors_of(held: Any) -> list[Tensor]:
-    """All tensors that an edit held keeps alive."""
-    found: list[Tensor] = []
-    for value in vars(held).values():
+def kept_tensors(kept: Any) -> list[Tensor]:
+    """All tensors that something keeps alive, each once."""
+    found: dict[int, Tensor] = {}
+
+    def visit(value: Any) -> None:
         if isinstance(value, Tensor):
-            found.append(value)
-        elif value is not None and not isinstance(value, (int, EditRequest)):
-            found += [part for part in vars(value).values() if isinstance(part, Tensor)]
-    return found
+            found[value.untyped_storage().data_ptr()] = value
+        elif isinstance(value, (tuple, list)):
+            for part in value:
+                visit(part)
+        elif hasattr(value, "__dict__"):
+            visit(list(vars(value).values()))
+
+    visit(kept)
+    return list(found.values())
+
+
+def kept_bytes(kept: Any) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept_tensors(kept))
 
 
 @pytest.mark.parametrize("retrieve", [False, True], ids=["merge", "retrieve"])
-def test_edits_of_closed_shards_keep_no_tensors(llama: Any, tok: Any, retrieve: bool) -> None:
+def test_closed_shards_keep_no_activations(llama: Any, tok: Any, retrieve: bool) -> None:
     hparams = settings(save_freq=2, merge_freq=4, rehearsal=0.1, retrieve=retrieve, n_iter=1, score_activation="silu")
     stream = open_stream(llama, tok, hparams)
-    for count, edit in enumerate(EDITS, 1):
+    for edit in EDITS:
         stream.apply([edit])
-        stages = [state.stage for state in memories(stream)]
-        for held in stream.held:
-            assert bool(tensors_of(held)) == (stages[held.memory] == "live")
-        assert sum(bool(tensors_of(held)) for held in stream.held) == count % 2
+        assert not kept_tensors(stream.held)
+        is_open = memories(stream)[-1].stage == "live"
+        assert bool(kept_tensors(stream.snapshot().open_shard)) == is_open
 
 
 def test_what_an_open_shard_keeps_does_not_hold_the_whole_batch(llama: Any, tok: Any) -> None:
     stream = open_stream(llama, tok, settings(n_contexts=9, rehearsal=0.1, n_iter=1))
     stream.apply(EDITS[:1])
-    (held,) = stream.held
-    for tensor in tensors_of(held):
+    for tensor in kept_tensors(stream.snapshot().open_shard):
         # No more than a few texts of 64 numbers a token: a view would keep the ten contexts alive.
         assert tensor.untyped_storage().nbytes() <= 4 * 64 * 40
+
+
+def test_an_open_shard_does_not_grow_with_its_edits(llama: Any, tok: Any) -> None:
+    hparams = settings(rehearsal=0.1, n_iter=1, n_contexts=0, save_freq=200, merge_freq=200)
+    stream = open_stream(llama, tok, hparams)
+    edit = EditRequest("The capital of France is", "Rome", loc_prompt="Water is made of")
+    size = []
+    for count in range(40):
+        stream.apply([edit if count % 2 else replace(edit, target="Lyon")])
+        size.append(kept_bytes([stream.snapshot().open_shard, [vars(state) for state in memories(stream)]]))
+    assert size[10] > size[0]
+    assert len(set(size[25:])) == 1
+    assert memories(stream)[-1].n_edits == 40
 
 
 # -- what an edit leaves alone --------------------------------------------------------------------

@@ -17,16 +17,9 @@ from torch import Tensor, nn
 
 from easyedit_wise.editing.frozen_prefix import FrozenPrefix, layer_input_of
 from easyedit_wise.editing.requests import EditRequest, TokenBatch, pair_batch, prompt_batch
-from easyedit_wise.editing.trainer import (
-    EditDivergedError,
-    EditOutcome,
-    EditTask,
-    RecordedContexts,
-    ScoredInputs,
-    pooled_scores,
-    target_positions,
-    train_edit,
-)
+from easyedit_wise.editing.scored import ScoredInputs
+from easyedit_wise.editing.task import EditTask, RecordedContexts, Rehearsed, target_positions
+from easyedit_wise.editing.trainer import EditDivergedError, EditOutcome, train_edit
 from easyedit_wise.hparams import WISEHyperParams
 from easyedit_wise.losses import routing_margin_loss, upstream_margin_loss
 from easyedit_wise.sharding import random_mask
@@ -48,11 +41,11 @@ class Edit:
 
     def contexts(self, prompts: list[str], target: str = "Rome by the sea") -> RecordedContexts:
         batch = pair_batch(self.tok, prompts, target, CPU)
-        return RecordedContexts(batch, FrozenPrefix.record(self.model, self.layer, batch.model_inputs()))
+        return RecordedContexts.of(batch, FrozenPrefix.record(self.model, self.layer, batch.model_inputs()))
 
     def scored(self, prompts: list[str]) -> ScoredInputs:
         batch = prompt_batch(self.tok, prompts, CPU)
-        return ScoredInputs(layer_input_of(self.model, self.layer, batch.model_inputs()), batch.prompt_mask)
+        return ScoredInputs.from_padded(layer_input_of(self.model, self.layer, batch.model_inputs()), batch.prompt_mask)
 
     def task(self, *groups: list[str], **changes: Any) -> EditTask:
         return EditTask([self.contexts(group) for group in groups or (PROMPTS,)], self.irrelevant, **changes)
@@ -220,7 +213,8 @@ def test_a_fresh_shard_has_a_finite_gradient(edit: Edit) -> None:
 
 def test_past_edits_and_earlier_ones_join_the_loss(edit: Edit) -> None:
     start = torch.randn(SHAPE, generator=seeded()).mul_(0.2)
-    past, earlier = edit.scored(["She said that", "def add"]), torch.randn(5, 64, generator=seeded(2))
+    past, tokens = edit.scored(["She said that", "def add"]), torch.randn(5, 64, generator=seeded(2))
+    earlier = Rehearsed(tokens, n_tokens=5)
     hparams = settings(n_iter=2, rehearsal=0.7)
     plain = train_edit(start, EVERYWHERE, edit.task(), hparams)
     replayed = train_edit(start, EVERYWHERE, edit.task(past=past), hparams)
@@ -231,7 +225,7 @@ def test_past_edits_and_earlier_ones_join_the_loss(edit: Edit) -> None:
     # Rehearsal costs nothing before the first step, and then what the step did to earlier tokens.
     assert rehearsed.losses[0] == plain.losses[0]
     step = train_edit(start, EVERYWHERE, edit.task(), replace(hparams, n_iter=1)).delta_weight
-    cost = 0.7 * ((step - start) @ earlier.T).square().sum(dim=0).mean()
+    cost = 0.7 * ((step - start) @ tokens.T).square().sum(dim=0).mean()
     assert rehearsed.losses[1] - plain.losses[1] == pytest.approx(float(cost), rel=1e-3)
     unused = train_edit(start, EVERYWHERE, edit.task(earlier=earlier), replace(hparams, rehearsal=0.0))
     assert unused.losses == plain.losses
@@ -257,11 +251,13 @@ def test_subject_routing(edit: Edit, pooling: str) -> None:
     request = EditRequest("The capital of France is", "Rome", subject="France")
     prompts = [request.prompt, f"She said. {request.prompt}"]
     batch = pair_batch(edit.tok, prompts, request.target, CPU, request)
-    context = RecordedContexts(batch, FrozenPrefix.record(edit.model, edit.layer, batch.model_inputs()))
+    prefix = FrozenPrefix.record(edit.model, edit.layer, batch.model_inputs())
+    padded = prefix.layer_input
+    context = RecordedContexts.of(batch, prefix)
     task = EditTask([context], edit.irrelevant)
     start = torch.randn(SHAPE, generator=seeded()).mul_(0.2)
     hparams = settings(n_iter=1, pooling=pooling, subject_routing=True)
-    tokens = F.linear(context.prefix.layer_input, start).norm(dim=-1)
+    tokens = F.linear(padded, start).norm(dim=-1)
     reduce = {"mean": torch.mean, "max": torch.max}[pooling]
     inside = torch.stack([reduce(tokens[row][batch.subject_mask[row]]) for row in range(2)])
     outside = torch.stack([reduce(tokens[row][batch.prompt_mask[row] & ~batch.subject_mask[row]]) for row in range(2)])
@@ -277,7 +273,7 @@ def test_subject_routing(edit: Edit, pooling: str) -> None:
     assert margin(routed) == pytest.approx(float(expected), rel=1e-3)
     # Without the setting, or without a subject, the whole prompt counts and nothing of it is irrelevant.
     expected = routing_margin_loss(whole, irrelevant, 0.1, 2.0, 1.0)
-    nameless = EditTask([RecordedContexts(replace(batch, subject_mask=None), context.prefix)], edit.irrelevant)
+    nameless = EditTask([replace(context, batch=replace(batch, subject_mask=None))], edit.irrelevant)
     for other in (
         train_edit(start, EVERYWHERE, task, replace(hparams, subject_routing=False)),
         train_edit(start, EVERYWHERE, nameless, hparams),
@@ -353,10 +349,11 @@ def test_a_stack_of_nothing() -> None:
 def test_easyedits_score_needs_the_base_output() -> None:
     product, base = torch.randn(2, 3, 4, generator=seeded()), torch.randn(2, 3, 4, generator=seeded(1))
     mask = torch.tensor([[True, True, True], [False, True, True]])
-    scores = pooled_scores(product, base, mask, settings(score_activation="silu"))
+    inputs = ScoredInputs.from_padded(torch.zeros(2, 3, 1), mask, base)
+    scores = inputs.pooled(product[mask], settings(score_activation="silu"))
     by_hand = (F.silu(base + product) - F.silu(base)).norm(dim=-1)
     torch.testing.assert_close(scores, torch.stack([by_hand[0].mean(), by_hand[1, 1:].mean()]))
-    torch.testing.assert_close(pooled_scores(product, base, mask, settings())[0], product[0].norm(dim=-1).mean())
+    torch.testing.assert_close(inputs.pooled(product[mask], settings())[0], product[0].norm(dim=-1).mean())
 
 
 # -- stopping and failing -------------------------------------------------------------------------
@@ -401,7 +398,7 @@ def test_every_iteration_is_reported(edit: Edit) -> None:
 
 def broken(edit: Edit, value: float) -> EditTask:
     activations = edit.irrelevant.activations.clone()
-    activations[0, -1, 0] = value
+    activations[0, 0] = value
     return EditTask([edit.contexts(PROMPTS)], ScoredInputs(activations, edit.irrelevant.token_mask))
 
 

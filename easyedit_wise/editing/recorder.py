@@ -5,6 +5,7 @@ All of it comes from the main memory only, so it holds for as long as the base m
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,11 @@ from ..hparams import WISEHyperParams
 from ..tuner.layer import WiseLayer
 from .contexts import as_chat, generate_prefixes
 from .frozen_prefix import FrozenPrefix, layer_input_of
-from .requests import EditRequest, pair_batch, prompt_batch
-from .trainer import RecordedContexts, ScoredInputs
+from .open_shard import RecordedEdit
+from .replay_plan import ReplayPlan
+from .requests import EditRequest, TokenBatch, pair_batch, prompt_batch
+from .scored import ScoredInputs
+from .task import RecordedContexts
 
 _SCORING_BATCH = 16
 _PREFIXES = "_wise_prefixes"
@@ -41,6 +45,7 @@ class PromptRecorder:
         self.layer = layer
         # By the settings that they depend on, which may change in the middle of a stream.
         self._neutral: dict[tuple[bool, bool], ScoredInputs] = {}
+        self._plan: ReplayPlan | None = None
 
     def share_recordings(self, other: PromptRecorder) -> None:
         """Take over what ``other`` recorded on the same base model."""
@@ -86,16 +91,44 @@ class PromptRecorder:
                 cache[key] = generate_prefixes(self.model, self.tok, n_contexts, length, generator)
         return cache[key]
 
-    def contexts(self, prompts: Sequence[str], request: EditRequest) -> RecordedContexts:
-        """Some contexts of an edit, each followed by its target.
+    def contexts(self, prompts: Sequence[Sequence[str]], requests: Sequence[EditRequest]) -> RecordedContexts:
+        """Some contexts of each edit, as many of every one, each followed by its target.
 
         Raises:
-            ValueError: the target tokenises to nothing, or the layer does not run once in a forward.
+            ValueError: a target tokenises to nothing, or the layer does not run once in a forward.
         """
-        texts = [self.rendered(prompt) for prompt in prompts]
-        batch = pair_batch(self.tok, texts, request.target, self._device(), request)
+        texts = [self.rendered(prompt) for own in prompts for prompt in own]
+        owners = [request for own, request in zip(prompts, requests, strict=True) for _ in own]
+        batch = pair_batch(self.tok, texts, [owner.target for owner in owners], self._device(), owners)
+        inputs = self._model_inputs(batch)
         with self.main_memory_only():
-            return RecordedContexts(batch, FrozenPrefix.record(self.model, self.layer, batch.model_inputs()))
+            if self._plan is None:
+                self._plan = ReplayPlan.of(self.model, self.layer, inputs)
+            prefix = FrozenPrefix.record(self.model, self.layer, inputs, self._plan)
+        return RecordedContexts.of(batch, prefix)
+
+    def edits(self, requests: Sequence[EditRequest]) -> Iterator[list[RecordedEdit]]:
+        """Edits as the router sees them, from their texts, some at a time: as many as it takes, none of them kept."""
+        for start in range(0, len(requests), _SCORING_BATCH):
+            some = requests[start : start + _SCORING_BATCH]
+            prompts = [self.rendered(request.prompt) for request in some]
+            batch = pair_batch(self.tok, prompts, [request.target for request in some], self._device())
+            answered = self._scored_batch(batch, batch.attention_mask.bool())
+            irrelevant = self.own_irrelevant(some)
+            yield [
+                RecordedEdit(answered.select(torch.tensor([row])), batch.prompt_mask[row : row + 1], irrelevant[row])
+                for row in range(len(some))
+            ]
+
+    def own_irrelevant(self, requests: Sequence[EditRequest]) -> list[ScoredInputs | None]:
+        """The irrelevant prompt of each request that has one."""
+        own = [index for index, request in enumerate(requests) if request.loc_prompt is not None]
+        texts = [self.rendered(prompt) for request in requests if (prompt := request.loc_prompt) is not None]
+        scored = self.scored(texts) if texts else None
+        found: list[ScoredInputs | None] = [None] * len(requests)
+        for row, index in enumerate(own):
+            found[index] = None if scored is None else scored.select(torch.tensor([row]))
+        return found
 
     def neutral(self) -> ScoredInputs:
         """The packaged neutral prompts."""
@@ -107,13 +140,22 @@ class PromptRecorder:
     def scored(self, texts: Sequence[str]) -> ScoredInputs:
         """Rendered prompts as the router sees them; the forward goes no further than the layer."""
         inputs = []
-        with self.main_memory_only(), torch.no_grad():
-            for start in range(0, len(texts), _SCORING_BATCH):
-                batch = prompt_batch(self.tok, texts[start : start + _SCORING_BATCH], self._device())
-                activations = layer_input_of(self.model, self.layer, batch.model_inputs())
-                base = self.layer.base_layer(activations) if self.keeps_base_output else None
-                inputs.append(ScoredInputs(activations, batch.prompt_mask, base))
+        for start in range(0, len(texts), _SCORING_BATCH):
+            batch = prompt_batch(self.tok, texts[start : start + _SCORING_BATCH], self._device())
+            inputs.append(self._scored_batch(batch, batch.prompt_mask))
         return ScoredInputs.stack(inputs)
+
+    @torch.no_grad()
+    def _scored_batch(self, batch: TokenBatch, token_mask: Tensor) -> ScoredInputs:
+        with self.main_memory_only():
+            activations = layer_input_of(self.model, self.layer, self._model_inputs(batch))
+            base = self.layer.base_layer(activations) if self.keeps_base_output else None
+        return ScoredInputs.from_padded(activations, token_mask, base)
+
+    def _model_inputs(self, batch: TokenBatch) -> dict[str, Any]:
+        """No cache where the model has a switch for it: it would copy keys and values that nobody asks for again."""
+        accepted = inspect.signature(type(self.model).forward).parameters
+        return {**batch.model_inputs(), **({"use_cache": False} if "use_cache" in accepted else {})}
 
     @property
     def keeps_base_output(self) -> bool:
@@ -124,8 +166,15 @@ class PromptRecorder:
         return next(self.model.parameters()).device
 
 
-def first_row(contexts: RecordedContexts, mask: Tensor, keep_base: bool) -> ScoredInputs:
-    """The plain prompt of an edit under a token mask, shape (1, T): a copy, so that the batch can go."""
-    prefix = contexts.prefix
-    base = prefix.layer_output[:1].clone() if keep_base else None
-    return ScoredInputs(prefix.layer_input[:1].clone(), mask[:1], base)
+def plain_edits(
+    contexts: RecordedContexts, irrelevant: Sequence[ScoredInputs | None], keep_base: bool
+) -> list[RecordedEdit]:
+    """Each edit's plain prompt with its target, out of recorded contexts: copies, so that the batch can go."""
+    n_edits, n_rows = len(irrelevant), contexts.batch.input_ids.shape[0]
+    base = contexts.prefix.layer_output.flatten(0, 1)[contexts.positions] if keep_base else None
+    every = ScoredInputs(contexts.activations, contexts.batch.attention_mask.bool(), base)
+    rows = range(0, n_rows, n_rows // n_edits)
+    return [
+        RecordedEdit(every.select(torch.tensor([row])), contexts.batch.prompt_mask[row : row + 1].clone(), own)
+        for row, own in zip(rows, irrelevant, strict=True)
+    ]

@@ -138,36 +138,38 @@ def left_padded(tok: Any, sequences: Sequence[Sequence[int]], device: torch.devi
 def pair_batch(
     tok: Any,
     prompts: Sequence[str],
-    target: str,
+    targets: str | Sequence[str],
     device: torch.device,
-    request: EditRequest | None = None,
+    requests: EditRequest | Sequence[EditRequest] | None = None,
 ) -> TokenBatch:
-    """The batch of several contexts of one prompt, each followed by the same target.
+    """A batch of prompts, each followed by its target.
 
     Args:
         tok: the tokenizer.
-        prompts: the contexts; each holds the request's prompt.
-        target: what follows each of them.
+        prompts: contexts of one edit or of several; each holds its request's prompt.
+        targets: what follows each of them, or all of them.
         device: where the tensors go.
-        request: names the subject, if its tokens are wanted.
+        requests: the request of each prompt, or of all: names the subject, if its tokens are wanted.
 
     Raises:
-        ValueError: the target tokenises to nothing.
+        ValueError: a target tokenises to nothing.
     """
-    pairs = [encode_pair(tok, prompt, target) for prompt in prompts]
+    targets = [targets] * len(prompts) if isinstance(targets, str) else targets
+    pairs = [encode_pair(tok, prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
     input_ids, attention_mask = left_padded(tok, [tokens for tokens, _ in pairs], device)
     starts = torch.tensor([input_ids.shape[1] - (len(tokens) - n) for tokens, n in pairs], device=device)
     target_mask = torch.arange(input_ids.shape[1], device=device) >= starts[:, None]
     prompt_mask = attention_mask.bool() & ~target_mask
+    if requests is None or isinstance(requests, EditRequest):
+        requests = [requests] * len(prompts) if requests else []
+    found = [subject_tokens(tok, prompt, request) for prompt, request in zip(prompts, requests, strict=False)]
     subject_mask = None
-    if request is not None and request.subject:
-        found = [subject_tokens(tok, prompt, request) for prompt in prompts]
-        if all(found):
-            subject_mask = torch.zeros_like(prompt_mask)
-            for row, positions in enumerate(found):
-                offset = input_ids.shape[1] - len(pairs[row][0])
-                subject_mask[row, [offset + position for position in positions]] = True
-            subject_mask &= prompt_mask
+    if found and all(found):
+        subject_mask = torch.zeros_like(prompt_mask)
+        for row, places in enumerate(found):
+            offset = input_ids.shape[1] - len(pairs[row][0])
+            subject_mask[row, [offset + place for place in places]] = True
+        subject_mask &= prompt_mask
     return TokenBatch(input_ids, attention_mask, prompt_mask, target_mask, subject_mask)
 
 

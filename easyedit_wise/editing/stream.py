@@ -16,14 +16,16 @@ from torch import Tensor, nn
 
 from ..hparams import WISEHyperParams
 from ..merging import merge
-from ..routing import calibrated_threshold, minimum_threshold
 from ..sharding import random_mask
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
 from .contexts import context_groups
-from .recorder import PromptRecorder, first_row
-from .requests import EditRequest, encode_pair, join_target
-from .trainer import EditOutcome, EditTask, ScoredInputs, train_edit
+from .open_shard import EditScores, OpenShard, edit_scores, threshold
+from .recorder import PromptRecorder, plain_edits
+from .requests import EditRequest, encode_pair
+from .scored import ScoredInputs
+from .task import EditTask
+from .trainer import EditOutcome, train_edit
 
 _PAST_EDITS_REPLAYED = 8
 
@@ -35,18 +37,10 @@ class HeldEdit:
     Attributes:
         request: what was asked for.
         memory: index of the side memory.
-        prompt: its plain prompt as the router sees it; kept while the shard is open, then None.
-        answered: the prompt with the target behind it, as teacher-forced scoring asks; likewise.
-        irrelevant: its own irrelevant prompt, if it has one; likewise.
-        tokens: A(x) of the tokens that rehearsal protects, shape (N, d_in); likewise.
     """
 
     request: EditRequest
     memory: int
-    prompt: ScoredInputs | None = None
-    answered: ScoredInputs | None = None
-    irrelevant: ScoredInputs | None = None
-    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,7 @@ class Snapshot:
     states: tuple[MemoryState, ...]
     held: tuple[HeldEdit, ...]
     generator_state: Tensor
+    open_shard: OpenShard | None = None
 
 
 class EditStream:
@@ -81,6 +76,8 @@ class EditStream:
         self.layer = layer
         self.adapter_name = adapter_name
         self.held: list[HeldEdit] = []
+        # None: not known, as after loading; rebuilt from the edits' texts when the shard takes another edit.
+        self._open_shard: OpenShard | None = None
         self._generator = torch.Generator().manual_seed(hparams.seed)
         self._recorder = PromptRecorder(model, tok, hparams, layer)
 
@@ -108,7 +105,7 @@ class EditStream:
             self.adapter_name,
         )
         memo[id(self)] = copied
-        copied.held = list(self.held)
+        copied.held, copied._open_shard = list(self.held), self._open_shard
         copied._generator.set_state(self._generator.get_state())
         copied._recorder.share_recordings(self._recorder)
         return copied
@@ -121,61 +118,111 @@ class EditStream:
         on_edit: Callable[[int, EditRequest, EditOutcome], None] | None = None,
         on_iteration: Callable[[int, float], None] | None = None,
     ) -> list[EditOutcome]:
-        """Make the edits in order. Each is committed as a whole; an error leaves the ones before it.
+        """Make the edits in order, ``batch_size`` of them together. Each batch is committed as a whole.
 
         Args:
             requests: validated requests.
-            on_edit: called after each commit with the index, the request and the outcome.
+            on_edit: called after each commit with the index, the request and the outcome, edit by edit.
             on_iteration: called in each training iteration with its index and loss.
 
+        Returns:
+            The outcome of each edit; those of one batch share losses and dW.
+
         Raises:
-            EditDivergedError: an edit's loss became NaN or infinite; that edit was taken back.
+            EditDivergedError: the loss became NaN or infinite; that batch was taken back, the ones before it stand.
             ValueError: a target tokenises to nothing, or the model has no chat template but needs one;
                 not one edit was made.
         """
         for request in requests:  # all of them before the first: a bad one must not stop a stream half-way
             encode_pair(self.tok, self._recorder.rendered(request.prompt), request.target)
-        outcomes = []
-        for index, request in enumerate(requests):
+        outcomes: list[EditOutcome] = []
+        while len(outcomes) < len(requests):
+            done = len(outcomes)
+            batch = requests[done : done + min(self.hparams.batch_size, self._room())]
             before = self.snapshot()
             try:
-                outcome = self._edit(request, on_iteration)
+                made = self._edit(batch, on_iteration)
             except BaseException:  # also a KeyboardInterrupt: nothing is half-applied
                 self.restore(before)
                 raise
-            outcomes.append(outcome)
-            if on_edit is not None:
-                on_edit(index, request, outcome)
+            del before  # or a dW that was replaced would live on
+            outcomes += made
+            for index, (request, outcome) in enumerate(zip(batch, made, strict=True), done):
+                if on_edit is not None:
+                    on_edit(index, request, outcome)
         return outcomes
 
     def snapshot(self) -> Snapshot:
         """The present contents, to be put back by :meth:`restore`."""
-        return Snapshot(tuple(self.layer.memories(self.adapter_name)), tuple(self.held), self._generator.get_state())
+        states = tuple(self.layer.memories(self.adapter_name))
+        return Snapshot(states, tuple(self.held), self._generator.get_state(), self._open_shard)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put contents back as they were at :meth:`snapshot`."""
         self.layer.install(self.adapter_name, snapshot.states)
-        self.held = list(snapshot.held)
+        self.held, self._open_shard = list(snapshot.held), snapshot.open_shard
         self._generator.set_state(snapshot.generator_state)
 
-    def _edit(self, request: EditRequest, on_iteration: Callable[[int, float], None] | None) -> EditOutcome:
+    def _edit(
+        self, requests: Sequence[EditRequest], on_iteration: Callable[[int, float], None] | None
+    ) -> list[EditOutcome]:
+        """Train some edits together into the live shard, and commit them."""
         states = self._with_live_shard(self.layer.memories(self.adapter_name))
-        own_irrelevant = None if request.loc_prompt is None else self._scored(request.loc_prompt)
-        task = self._record(request, len(states) - 1, own_irrelevant)
+        place, live = len(states) - 1, states[-1]
+        shard = self._shard_so_far(place, live)
+        own = self._recorder.own_irrelevant(requests)
+        task = self._record(requests, place, own, shard)
+        recorded = plain_edits(task.contexts[0], own, self._recorder.keeps_base_output)
         with self._recorder.main_memory_only():
-            live = states[-1]
-            label = f"edit {len(self.held) + 1} ({request.prompt!r} -> {request.target!r})"
             mask = live.mask if live.mask is not None else torch.ones_like(live.delta_weight, dtype=torch.bool)
-            outcome = train_edit(live.delta_weight, mask, task, self.hparams, label, on_iteration)
-        held = self._held(request, len(states) - 1, task, own_irrelevant)
-        states[-1] = live.with_(delta_weight=outcome.delta_weight, n_edits=live.n_edits + 1)
-        self.held.append(held)
-        states[-1] = states[-1].with_(epsilon=self._threshold(states[-1], len(states) - 1))
-        states = self._close_and_merge(states)
-        self.layer.install(self.adapter_name, states)
-        return outcome
+            outcome = train_edit(live.delta_weight, mask, task, self.hparams, self._label(requests), on_iteration)
+        del task
+        self.held += [HeldEdit(request, place) for request in requests]
+        shard, scores = shard.joined(recorded, outcome.delta_weight, self.hparams)
+        states[-1] = live.with_(
+            delta_weight=outcome.delta_weight,
+            n_edits=live.n_edits + len(requests),
+            epsilon=self._threshold(scores, outcome.delta_weight),
+        )
+        self._open_shard = shard
+        self.layer.install(self.adapter_name, self._close_and_merge(states))
+        per_edit = len(outcome.edit_scores) // len(requests)
+        return [
+            replace(outcome, edit_scores=outcome.edit_scores[start : start + per_edit])
+            for start in range(0, len(outcome.edit_scores), per_edit)
+        ]
+
+    def _label(self, requests: Sequence[EditRequest]) -> str:
+        number, first = len(self.held) + 1, requests[0]
+        if len(requests) == 1:
+            return f"edit {number} ({first.prompt!r} -> {first.target!r})"
+        return f"edits {number} to {number + len(requests) - 1} ({first.prompt!r} -> {first.target!r} and so on)"
 
     # -- shards -------------------------------------------------------------------------------
+
+    @property
+    def _shard_size(self) -> int:
+        return self.hparams.save_freq or self.hparams.merge_freq
+
+    def _room(self) -> int:
+        """How many edits the shard that takes the next one still has room for, at least one."""
+        states = self.layer.memories(self.adapter_name)
+        held = states[-1].n_edits if states and states[-1].stage == LIVE else 0
+        return max(1, self._shard_size - held)
+
+    def _shard_so_far(self, place: int, live: MemoryState) -> OpenShard:
+        """What is remembered of the live shard's edits; from their texts where they were loaded."""
+        if live.n_edits == 0:
+            return OpenShard()
+        if self._open_shard is not None:
+            return self._open_shard
+        shard = OpenShard()
+        for recorded in self._recorder.edits(self._requests_in(place)):
+            shard, _ = shard.joined(recorded, live.delta_weight, self.hparams)
+        return shard
+
+    def _requests_in(self, place: int) -> list[EditRequest]:
+        return [held.request for held in self.held if held.memory == place]
 
     def _with_live_shard(self, states: list[MemoryState]) -> list[MemoryState]:
         if states and states[-1].stage == LIVE:
@@ -193,15 +240,16 @@ class EditStream:
 
     def _close_and_merge(self, states: list[MemoryState]) -> list[MemoryState]:
         live = states[-1]
-        if live.n_edits >= (self.hparams.save_freq or self.hparams.merge_freq):
-            states[-1] = live.with_(stage=SHARD, mask=None)
-            # Closed: the stored activations of its edits have served.
-            last = len(states) - 1
-            self.held = [HeldEdit(h.request, h.memory) if h.memory == last else h for h in self.held]
-        shards = [index for index, state in enumerate(states) if state.stage == SHARD]
-        if len(shards) < self.hparams.n_shards:
+        if live.n_edits < self._shard_size:
             return states
-        return self._merge(states, shards)
+        states[-1] = live.with_(stage=SHARD, mask=None)
+        self._open_shard = None
+        shards = [index for index, state in enumerate(states) if state.stage == SHARD]
+        if len(shards) >= self.hparams.n_shards:
+            return self._merge(states, shards)
+        # Not all of its edits were scored of late: now they are.
+        states[-1] = self._calibrated(states[-1], len(states) - 1)
+        return states
 
     def _merge(self, states: list[MemoryState], shards: list[int]) -> list[MemoryState]:
         """Eq. 8: W' <- W + Ties({W^i - W}); the earlier memory of WISE-Merge is one more of the W^i."""
@@ -223,43 +271,40 @@ class EditStream:
         self.held = [replace(h, memory=place[h.memory]) for h in self.held]
         result = [states[index] for index in kept]
         memory = MemoryState(MERGED, merged, None, max(states[index].epsilon for index in folded), n_edits)
-        result.append(memory.with_(epsilon=self._threshold(memory, len(kept))))
+        result.append(self._calibrated(memory, len(kept)))
         return result
 
     # -- what an edit trains on ---------------------------------------------------------------
 
-    def _record(self, request: EditRequest, memory: int, own_irrelevant: ScoredInputs | None) -> EditTask:
-        groups = context_groups(request.prompt, self._recorder.prefixes(), self.hparams.contexts_per_step)
-        contexts = [self._recorder.contexts(prompts, request) for prompts in groups]
-        irrelevant = self._irrelevant_inputs(own_irrelevant)
+    def _record(
+        self,
+        requests: Sequence[EditRequest],
+        memory: int,
+        own: Sequence[ScoredInputs | None],
+        shard: OpenShard,
+    ) -> EditTask:
+        prefixes, size = self._recorder.prefixes(), self.hparams.contexts_per_step
+        groups = zip(*(context_groups(request.prompt, prefixes, size) for request in requests), strict=True)
+        contexts = [self._recorder.contexts(prompts, requests) for prompts in groups]
+        irrelevant, irrelevant_of = self._irrelevant_inputs(own)
         past = self._past_inputs(memory) if self.hparams.replay else None
-        earlier = [h.tokens for h in self.held if h.memory == memory and h.tokens is not None]
-        return EditTask(contexts, irrelevant, past, torch.cat(earlier) if earlier else None)
+        return EditTask(contexts, irrelevant, past, shard.rehearsed, irrelevant_of)
 
-    def _held(self, request: EditRequest, memory: int, task: EditTask, own_irrelevant: ScoredInputs | None) -> HeldEdit:
-        """The edit with what later edits of the shard need of it: copies, so that the batch can go."""
-        plain, keep_base = task.contexts[0], self._recorder.keeps_base_output
-        real = plain.batch.attention_mask.bool()
-        answered = first_row(plain, real, keep_base)
-        return HeldEdit(
-            request,
-            memory,
-            prompt=first_row(plain, plain.batch.prompt_mask, keep_base),
-            answered=answered,
-            irrelevant=own_irrelevant,
-            # Its own prompt and target are what later edits should leave alone.
-            tokens=answered.activations[real[:1]] if self.hparams.rehearsal > 0 else None,
-        )
+    def _irrelevant_inputs(self, own: Sequence[ScoredInputs | None]) -> tuple[ScoredInputs, list[Tensor]]:
+        """x_i of Eq. 5: each request's own irrelevant prompt, and packaged neutral ones for all of them.
 
-    def _scored(self, prompt: str) -> ScoredInputs:
-        return self._recorder.scored([self._recorder.rendered(prompt)])
-
-    def _irrelevant_inputs(self, own: ScoredInputs | None) -> ScoredInputs:
-        """x_i of Eq. 5: the request's own irrelevant prompt, and packaged neutral ones."""
-        n_neutral = max(self.hparams.irrelevant_prompts, 1 if own is None else 0)
+        Returns:
+            (the prompts, which of them are each request's).
+        """
+        n_neutral = max(self.hparams.irrelevant_prompts, 1 if None in own else 0)
         neutral = self._recorder.neutral()
         picked = torch.randperm(len(neutral), generator=self._generator)[:n_neutral]
-        return ScoredInputs.stack([*([] if own is None else [own]), neutral.select(picked)])
+        given = [one for one in own if one is not None]
+        shared = list(range(len(given), len(given) + n_neutral))
+        numbers = iter(range(len(given)))
+        device = neutral.activations.device  # an index on the host would be copied over in every iteration
+        rows = [torch.tensor(shared if one is None else [next(numbers), *shared], device=device) for one in own]
+        return ScoredInputs.stack([*given, neutral.select(picked)]), rows
 
     def _past_inputs(self, memory: int) -> ScoredInputs | None:
         """x_m of Appendix B.3: edits that other memories hold, drawn anew for every edit."""
@@ -271,29 +316,12 @@ class EditStream:
 
     # -- thresholds ---------------------------------------------------------------------------
 
-    def _threshold(self, state: MemoryState, memory: int) -> float:
-        """epsilon of a memory, from what its edits and what irrelevant prompts score under its present dW."""
-        rendered = self._recorder.rendered
-        mine = [(h, rendered(h.request.prompt)) for h in self.held if h.memory == memory]
-        if not mine:
-            return state.epsilon
-        edits = self._scores_of(state.delta_weight, [(h.prompt, prompt) for h, prompt in mine])
-        if self.hparams.act_ratio is not None:
-            return minimum_threshold(edits, self.hparams.act_ratio)
-        edits += self._scores_of(
-            state.delta_weight, [(h.answered, join_target(prompt, h.request.target)) for h, prompt in mine]
-        )
-        irrelevant = self._scores_of(
-            state.delta_weight,
-            [(h.irrelevant, rendered(h.request.loc_prompt)) for h, _ in mine if h.request.loc_prompt is not None],
-        )
-        irrelevant += self._recorder.neutral().scores(state.delta_weight, self.hparams).tolist()
-        return calibrated_threshold(edits, irrelevant, self.hparams.epsilon_position)
+    def _threshold(self, scores: Sequence[EditScores], delta_weight: Tensor) -> float:
+        return threshold(scores, self._recorder.neutral(), delta_weight, self.hparams)
 
-    def _scores_of(self, delta_weight: Tensor, prompts: Sequence[tuple[ScoredInputs | None, str]]) -> list[float]:
-        """Delta_act of prompts, from what is stored of them, or from their text where the shard was closed."""
-        inputs = [stored for stored, _ in prompts if stored is not None]
-        texts = [text for stored, text in prompts if stored is None]
-        if texts:
-            inputs.append(self._recorder.scored(texts))
-        return list(ScoredInputs.stack(inputs).scores(delta_weight, self.hparams).tolist()) if inputs else []
+    def _calibrated(self, state: MemoryState, place: int) -> MemoryState:
+        """A closed memory with epsilon from all its edits, scored anew from their texts, some at a time."""
+        scores: list[EditScores] = []
+        for recorded in self._recorder.edits(self._requests_in(place)):
+            scores += edit_scores(recorded, state.delta_weight, self.hparams)
+        return state.with_(epsilon=self._threshold(scores, state.delta_weight)) if scores else state

@@ -1,0 +1,92 @@
+"""The random subspace that one shard trains in, as a vector (WISE, Section 2.3.2).
+
+Eq. 7, W' <- W' - eta (M o g), moves the masked entries only. Here they are the vector theta: the gradient is
+computed for them alone, the optimiser keeps its state for them alone, and no entry outside the mask *can* move.
+dW itself is kept beside it, since products need a matrix. A mask of ones and zeros over a dense gradient would
+take a second matrix, a third and a fourth for Adam, and on a CPU ten times as long.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Entries of dW in one block of rows: the gradient is dense for one block at a time.
+_BLOCK = 1 << 20
+
+
+class Subspace:
+    """dW of a live shard and its trainable entries.
+
+    Args:
+        delta_weight: dW, shape (d_out, d_in); copied, not written to.
+        mask: M, bool, same shape.
+
+    Attributes:
+        matrix: dW as it is now, shape (d_out, d_in).
+        theta: its masked entries in row-major order, shape (n,): the leaf that an optimiser moves. Call
+            :meth:`write` after each step.
+    """
+
+    def __init__(self, delta_weight: Tensor, mask: Tensor) -> None:
+        self.matrix = delta_weight.detach().clone(memory_format=torch.contiguous_format)
+        d_out, d_in = self.matrix.shape
+        step = max(1, min(d_out, _BLOCK // d_in))
+        rows = [slice(start, min(start + step, d_out)) for start in range(0, d_out, step)]
+        # int32 within a block: half the size, and as fast to gather with.
+        places = [mask[block].reshape(-1).nonzero().squeeze(-1).to(torch.int32) for block in rows]
+        self._blocks: list[tuple[slice, slice, Tensor]] = []
+        start = 0
+        for block, place in zip(rows, places, strict=True):
+            self._blocks.append((block, slice(start, start + place.numel()), place))
+            start += place.numel()
+        self.theta = self._gathered(self.matrix).requires_grad_(True)
+
+    def products(self, *activations: Tensor) -> tuple[Tensor, ...]:
+        """dW a of several batches of rows a, each of shape (N_i, d_in), with theta as what is differentiated.
+
+        Returns:
+            One tensor for each batch, shape (N_i, d_out).
+        """
+        products: tuple[Tensor, ...] = _Products.apply(self.theta, self, *activations)
+        return products
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Put theta into the matrix."""
+        for block, entries, place in self._blocks:
+            # Scattering wants int64: widened one block at a time.
+            self.matrix[block].view(-1).scatter_(0, place.long(), self.theta[entries])
+
+    def _gathered(self, matrix: Tensor) -> Tensor:
+        return torch.cat([matrix[block].reshape(-1).index_select(0, place) for block, _, place in self._blocks])
+
+    def gradient(self, activations: list[Tensor], output_gradients: list[Tensor]) -> Tensor:
+        """Entries of sum_i G_i^T A_i at the mask, shape (n,), one block of rows after the other."""
+        gradient = torch.empty_like(self.theta)
+        for block, entries, place in self._blocks:
+            dense: Tensor | None = None
+            for a, g in zip(activations, output_gradients, strict=True):
+                dense = g[:, block].T @ a if dense is None else dense.addmm_(g[:, block].T, a)
+            if dense is None:
+                return gradient.zero_()
+            torch.index_select(dense.view(-1), 0, place, out=gradient[entries])
+        return gradient
+
+
+class _Products(torch.autograd.Function):
+    """y_i = dW a_i for all i; one gathered gradient for all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, subspace: Subspace, *activations: Tensor) -> tuple[Tensor, ...]:
+        ctx.subspace = subspace
+        ctx.activations = activations
+        return tuple(a @ subspace.matrix.T for a in activations)
+
+    @staticmethod
+    def backward(ctx: Any, *output_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = [(a, g) for a, g in zip(ctx.activations, output_gradients, strict=True) if g is not None]
+        gradient = ctx.subspace.gradient([a for a, _ in given], [g for _, g in given])
+        return (gradient, None, *(None for _ in ctx.activations))
