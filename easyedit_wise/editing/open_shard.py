@@ -93,8 +93,10 @@ class OpenShard:
         sketch, n_tokens = self.sketch, self.n_tokens
         if hparams.rehearsal > 0:
             for edit in edits:
-                sketch = frequent_directions(sketch, edit.answered.activations, SKETCH_ROWS)
-                n_tokens += edit.answered.activations.shape[0]
+                rows = edit.answered.activations
+                # d_in rows hold everything; more would be a waste.
+                sketch = frequent_directions(sketch, rows, min(SKETCH_ROWS, rows.shape[1]))
+                n_tokens += rows.shape[0]
         shard = OpenShard(
             tuple(watched[index] for index in kept),
             (*self.others, *(scores[index] for index in by_risk[WATCHED:])),
