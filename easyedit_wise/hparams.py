@@ -121,6 +121,7 @@ class WISEHyperParams:
     # The rest of EasyEdit's keys
     seed: int = 42
     batch_size: int = 1
+    """Edits that are trained together; EasyEdit's ``batch_edit`` hands over as many at once."""
     max_length: int = 30
     model_parallel: bool = False
     fp16: bool = False

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import FalconConfig, FalconForCausalLM
 
 from easyedit_wise.editing.frozen_prefix import FrozenPrefix, layer_input_of
+from easyedit_wise.editing.replay_plan import ReplayPlan
 from easyedit_wise.editing.requests import pair_batch
 from easyedit_wise.tuner.attach import module_name_of
 
@@ -368,3 +369,99 @@ def test_layer_input_of_a_layer_that_is_never_reached() -> None:
     with pytest.raises(ValueError, match="does not reach the layer to edit: choose a layer of the decoder stack"):
         layer_input_of(model, model.layer, TOKENS)
     assert not model.layer._forward_pre_hooks
+
+
+# -- what a recording need not keep ---------------------------------------------------------------
+
+
+class Skipping(Toy):
+    """Layers in a row of which a late one reads an early output: a long skip connection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+        generator = torch.Generator().manual_seed(5)
+        for parameter in self.rows.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def body(self, h: Tensor) -> Tensor:
+        kept = []
+        for row in self.rows:
+            h = row(h)
+            kept.append(h)
+        out = self.layer(self.up(h).relu())
+        return out + kept[1] + h
+
+
+class ReadsTheMean(Toy):
+    """Later code reads an early output without passing it on: as a number that decides what is done."""
+
+    def body(self, h: Tensor) -> Tensor:
+        first = self.first(h)
+        out = self.layer(self.up(h).relu())
+        return out if bool(first.sum() > -1e9) else out * 2
+
+
+def test_what_nothing_reads_is_not_kept(any_model: tuple[Any, str], tok: Any) -> None:
+    model, parameter = any_model
+    layer, inputs = module_at(model, parameter, 2), inputs_for(tok)
+    plan = ReplayPlan.of(model, layer, inputs)
+    names = {id(module): name for name, module in model.named_modules()}
+    skipped = [names[id(module)] for module in plan.modules if id(module) in plan.unread]
+    kept = [names[id(module)] for module in plan.modules if id(module) not in plan.unread]
+    assert any(re.search(r"\.0$", name) for name in skipped)  # the first decoder layer: the second one is read
+    assert any(re.search(r"\.1$", name) for name in kept)
+    assert not set(skipped) & set(kept)
+
+
+def test_a_recording_grows_with_what_is_read_not_with_the_layers_before(make_model: Any, tok: Any) -> None:
+    sizes = []
+    for n_layers in (3, 9):
+        model = make_model("llama", n_layers=n_layers)
+        layer = model.model.layers[n_layers - 1].mlp.down_proj
+        prefix = FrozenPrefix.record(model, layer, inputs_for(tok))
+        storages = {
+            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+            for _, outputs in prefix._answers
+            for output in outputs
+            for value in (output if isinstance(output, tuple) else (output,))
+            if isinstance(value, Tensor)
+        }
+        sizes.append(sum(storages.values()))
+    assert sizes[1] < sizes[0] * 1.1
+
+
+def test_a_long_skip_connection_is_kept() -> None:
+    model = Skipping()
+    plan = ReplayPlan.of(model, model.layer, TOKENS)
+    read = {module for module in plan.modules if id(module) not in plan.unread}
+    assert [index for index, row in enumerate(model.rows) if row in read] == [1, 4]
+
+
+@pytest.mark.parametrize("kind", [Skipping, ReadsTheMean, InPlace, Repeated], ids=lambda k: k.__name__)
+def test_a_plan_serves_other_batches_too(kind: type[Toy]) -> None:
+    model = kind()
+    plan = ReplayPlan.of(model, model.layer, TOKENS)
+    other = {"input_ids": torch.tensor([[7, 3, 9, 9, 1, 0, 4], [2, 2, 8, 19, 5, 6, 11]])}
+    prefix = FrozenPrefix.record(model, model.layer, other, plan)
+    given = torch.randn(prefix.layer_output.shape, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(prefix.replay(given), forward_with(model, model.layer, other, given))
+
+
+def test_a_recording_with_a_plan_stops_at_the_layer(llama: Any, tok: Any) -> None:
+    layer, inputs = module_at(llama, LAYERS["llama"]), inputs_for(tok)
+    plan = ReplayPlan.of(llama, layer, inputs)
+    calls = counted(llama)
+    FrozenPrefix.record(llama, layer, inputs, plan)
+    assert calls["model.layers.1.mlp.down_proj"] == 1
+    assert not [name for name in calls if ".2." in name or "lm_head" in name]
+
+
+def test_the_layers_input_can_be_taken_once(llama: Any, tok: Any) -> None:
+    prefix = FrozenPrefix.record(llama, module_at(llama, LAYERS["llama"]), inputs_for(tok))
+    logits = prefix.replay(prefix.layer_output)
+    assert prefix.take_layer_input().shape[-1] == 64
+    assert prefix.layer_input is None
+    assert torch.equal(prefix.replay(prefix.layer_output), logits)
+    with pytest.raises(ValueError, match="taken from this recording before"):
+        prefix.take_layer_input()

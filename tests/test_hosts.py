@@ -56,6 +56,10 @@ WHEEL_EDITOR = """
                 if callable(weights):
                     weights()
             return requests, model, weights
+
+        def batch_edit(self, prompts, keep_original_weight=False, **kwargs):
+            requests = self._prepare_requests(prompts, **kwargs)
+            return self.edit_requests(requests, keep_original_weight)
 """
 
 
@@ -356,7 +360,11 @@ class TestBridgedEditor:
         ],
     )
     def test_sequential_edit(self, fake_wheel: ModuleType, arguments: dict[str, bool], expected: int) -> None:
-        for name, given in (("edit", ["a", "b", "c"]), ("edit_requests", [{}, {}, {}])):
+        for name, given in (
+            ("edit", ["a", "b", "c"]),
+            ("edit_requests", [{}, {}, {}]),
+            ("batch_edit", ["a", "b", "c"]),
+        ):
             editor = fake_wheel.BaseEditor(self.add_one)
             _, model, restore = getattr(editor, name)(given, **arguments)
             assert model == {"weight": expected}
@@ -549,6 +557,28 @@ RUN_ALGORITHMS = """
                 "same_model": model is editor.model,
             }
         report[hparams.alg_name] = found
+    # The last editor is WISE's: three facts in batches of two.
+    restore()
+    asked, together = [], []
+    apply_algo = editor.apply_algo
+
+    def spy(model, tok, requests, hparams, **kwargs):
+        asked.append([request["prompt"] for request in requests])
+        return apply_algo(model, tok, requests, hparams, **kwargs)
+
+    editor.apply_algo = spy
+    hparams.batch_size = 2
+    with contextlib.redirect_stdout(io.StringIO()):
+        metrics, model, restore = editor.batch_edit(
+            **facts, loc_prompts="nobody asked",
+            sequential_edit=True, verbose=False,
+        )
+    (layer,) = [module for module in model.modules() if hasattr(module, "edit_stream")]
+    report["batch"] = {
+        "asked": asked,
+        "held": [held.request.prompt for held in layer.edit_stream.held],
+        "rewrite": [float(metric["post"]["rewrite_acc"][0]) for metric in metrics],
+    }
     print(json.dumps(report))
 """
 
@@ -581,13 +611,20 @@ class TestRealWheel:
         assert sequential["changed"] == edited
         assert sequential["same_names"] == (algorithm != "WISE")
 
+    def test_batch_edit(self, wheel_report: dict[str, Any]) -> None:
+        batch, prompts = wheel_report["batch"], FACTS["prompts"]
+        assert batch["asked"] == [prompts[:2], prompts[2:]]
+        assert batch["held"][-3:] == prompts
+        assert batch["rewrite"] == [1.0]  # the wheel reports the last batch only
+
     def test_loc_prompts_reach_the_requests(self, wheel_report: dict[str, Any]) -> None:
-        for found in wheel_report.values():
+        for found in (wheel_report[algorithm] for algorithm in ("FT", "ROME", "WISE")):
             assert found["single"]["loc_prompts"] == ["nobody asked", "this either", "nobody asked"]
 
     def test_the_tokenizer_is_the_checkpoints(self, wheel_report: dict[str, Any]) -> None:
-        assert {found["text"] for found in wheel_report.values()} == {"a b  c"}
-        assert [found["padding"] for found in wheel_report.values()] == ["left", "right", "left"]
+        found = [wheel_report[algorithm] for algorithm in ("FT", "ROME", "WISE")]
+        assert {one["text"] for one in found} == {"a b  c"}
+        assert [one["padding"] for one in found] == ["left", "right", "left"]
 
     def test_wise_is_ours(self, wheel_report: dict[str, Any]) -> None:
         assert wheel_report["WISE"]["registered"] == "easyedit_wise.easyedit.apply"

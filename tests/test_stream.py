@@ -15,6 +15,7 @@ from conftest import LAYERS
 from editing_helpers import FACTS, layer_input, logits_of, mean_score, requests, settings, traces
 from torch import Tensor, nn
 
+import easyedit_wise.editing.shards as shards_module
 import easyedit_wise.editing.stream as stream_module
 from easyedit_wise.data import neutral_prompts
 from easyedit_wise.easyedit.apply import wise_config
@@ -588,7 +589,7 @@ def test_an_error_in_a_merge_takes_the_edit_back(llama: Any, tok: Any, monkeypat
     def fail(*args: Any, **kwargs: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(stream_module, "merge", fail)
+    monkeypatch.setattr(shards_module, "merge", fail)
     with pytest.raises(MemoryError):
         stream.apply(EDITS[1:2])
     assert same(before, memories(stream))

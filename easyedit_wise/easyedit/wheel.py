@@ -75,6 +75,8 @@ def complete() -> None:
     editor._prepare_requests = _with_loc_prompts(editor._prepare_requests)
     editor.edit = _with_sequential_edit(editor.edit)
     editor.edit_requests = _with_sequential_edit(editor.edit_requests)
+    # The wheel takes "pre" of a batch after its restore: in a sequence that is after the edits.
+    editor.batch_edit = _with_sequential_edit(editor.batch_edit)
     module.__dict__["LlamaTokenizer"] = _llama_tokenizer()
 
 

@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..hparams import WISEHyperParams
-from ..merging import merge
-from ..sharding import random_mask
 from ..tuner.layer import WiseLayer
-from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
+from ..tuner.memory import MemoryState
 from .contexts import context_groups
 from .open_shard import EditScores, OpenShard, edit_scores, threshold
 from .recorder import PromptRecorder, plain_edits
 from .requests import EditRequest, encode_pair
 from .scored import ScoredInputs
+from .shards import close_shard, room, shard_size, with_live_shard
 from .task import EditTask
 from .trainer import EditOutcome, train_edit
 
@@ -137,8 +136,9 @@ class EditStream:
             encode_pair(self.tok, self._recorder.rendered(request.prompt), request.target)
         outcomes: list[EditOutcome] = []
         while len(outcomes) < len(requests):
-            done = len(outcomes)
-            batch = requests[done : done + min(self.hparams.batch_size, self._room())]
+            done, states = len(outcomes), self.layer.memories(self.adapter_name)
+            batch = requests[done : done + min(self.hparams.batch_size, room(states, self.hparams))]
+            del states
             before = self.snapshot()
             try:
                 made = self._edit(batch, on_iteration)
@@ -167,7 +167,7 @@ class EditStream:
         self, requests: Sequence[EditRequest], on_iteration: Callable[[int, float], None] | None
     ) -> list[EditOutcome]:
         """Train some edits together into the live shard, and commit them."""
-        states = self._with_live_shard(self.layer.memories(self.adapter_name))
+        states = self._with_live_shard()
         place, live = len(states) - 1, states[-1]
         shard = self._shard_so_far(place, live)
         own = self._recorder.own_irrelevant(requests)
@@ -185,7 +185,7 @@ class EditStream:
             epsilon=self._threshold(scores, outcome.delta_weight),
         )
         self._open_shard = shard
-        self.layer.install(self.adapter_name, self._close_and_merge(states))
+        self.layer.install(self.adapter_name, self._closed_if_full(states))
         per_edit = len(outcome.edit_scores) // len(requests)
         return [
             replace(outcome, edit_scores=outcome.edit_scores[start : start + per_edit])
@@ -200,15 +200,11 @@ class EditStream:
 
     # -- shards -------------------------------------------------------------------------------
 
-    @property
-    def _shard_size(self) -> int:
-        return self.hparams.save_freq or self.hparams.merge_freq
-
-    def _room(self) -> int:
-        """How many edits the shard that takes the next one still has room for, at least one."""
+    def _with_live_shard(self) -> list[MemoryState]:
+        device = next(iter(self.layer.get_base_layer().parameters())).device
+        shape = (self.layer.out_features, self.layer.in_features)
         states = self.layer.memories(self.adapter_name)
-        held = states[-1].n_edits if states and states[-1].stage == LIVE else 0
-        return max(1, self._shard_size - held)
+        return with_live_shard(states, shape, device, self.hparams, self._generator)
 
     def _shard_so_far(self, place: int, live: MemoryState) -> OpenShard:
         """What is remembered of the live shard's edits; from their texts where they were loaded."""
@@ -224,55 +220,14 @@ class EditStream:
     def _requests_in(self, place: int) -> list[EditRequest]:
         return [held.request for held in self.held if held.memory == place]
 
-    def _with_live_shard(self, states: list[MemoryState]) -> list[MemoryState]:
-        if states and states[-1].stage == LIVE:
-            if states[-1].n_edits == 0:
-                states[-1] = self._new_shard(states[-1].delta_weight)
+    def _closed_if_full(self, states: list[MemoryState]) -> list[MemoryState]:
+        if states[-1].n_edits < shard_size(self.hparams):
             return states
-        device = next(iter(self.layer.get_base_layer().parameters())).device
-        shape = (self.layer.out_features, self.layer.in_features)
-        zero = torch.zeros(shape, dtype=torch.float32, device=device)
-        return [*states, self._new_shard(zero)]
-
-    def _new_shard(self, zero: Tensor) -> MemoryState:
-        mask = random_mask(tuple(zero.shape), self.hparams.mask_ratio, self._generator).to(zero.device)
-        return MemoryState(LIVE, torch.zeros_like(zero), mask, 0.0, 0)
-
-    def _close_and_merge(self, states: list[MemoryState]) -> list[MemoryState]:
-        live = states[-1]
-        if live.n_edits < self._shard_size:
-            return states
-        states[-1] = live.with_(stage=SHARD, mask=None)
+        closed = close_shard(states, self.hparams, self._generator)
         self._open_shard = None
-        shards = [index for index, state in enumerate(states) if state.stage == SHARD]
-        if len(shards) >= self.hparams.n_shards:
-            return self._merge(states, shards)
-        # Not all of its edits were scored of late: now they are.
-        states[-1] = self._calibrated(states[-1], len(states) - 1)
-        return states
-
-    def _merge(self, states: list[MemoryState], shards: list[int]) -> list[MemoryState]:
-        """Eq. 8: W' <- W + Ties({W^i - W}); the earlier memory of WISE-Merge is one more of the W^i."""
-        folded = list(shards)
-        if not self.hparams.retrieve:
-            folded = [index for index, state in enumerate(states) if state.stage == MERGED] + folded
-        n_edits = sum(states[index].n_edits for index in folded)
-        scale = self.hparams.weights if self.hparams.weights is not None else 1.0
-        merged = merge(
-            [states[index].delta_weight for index in folded],
-            method=self.hparams.merge_alg,
-            # Shards of equal size weigh lambda / k as in the paper; an earlier memory weighs by what it holds.
-            weights=[scale * states[index].n_edits / n_edits for index in folded],
-            density=self.hparams.densities if self.hparams.densities is not None else 1.0,
-            generator=self._generator,
-        )
-        kept = [index for index in range(len(states)) if index not in folded]
-        place = {old: new for new, old in enumerate(kept)} | dict.fromkeys(folded, len(kept))
-        self.held = [replace(h, memory=place[h.memory]) for h in self.held]
-        result = [states[index] for index in kept]
-        memory = MemoryState(MERGED, merged, None, max(states[index].epsilon for index in folded), n_edits)
-        result.append(self._calibrated(memory, len(kept)))
-        return result
+        self.held = [replace(held, memory=closed.places[held.memory]) for held in self.held]
+        closed.states[closed.changed] = self._calibrated(closed.states[closed.changed], closed.changed)
+        return closed.states
 
     # -- what an edit trains on ---------------------------------------------------------------
 

@@ -1,0 +1,87 @@
+"""The list of side memories as a stream changes it: a shard opens, closes, is folded with others (Algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..hparams import WISEHyperParams
+from ..merging import merge
+from ..sharding import random_mask
+from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
+
+
+def shard_size(hparams: WISEHyperParams) -> int:
+    """Edits that one shard takes."""
+    return hparams.save_freq or hparams.merge_freq
+
+
+def with_live_shard(
+    states: Sequence[MemoryState],
+    shape: tuple[int, int],
+    device: torch.device,
+    hparams: WISEHyperParams,
+    generator: torch.Generator,
+) -> list[MemoryState]:
+    """The memories with a live shard at the end: the one that is there, or a new one with a random mask."""
+    live = states[-1] if states and states[-1].stage == LIVE else None
+    if live is not None and live.n_edits:
+        return list(states)
+    mask = random_mask(shape, hparams.mask_ratio, generator).to(device)
+    zero = torch.zeros(shape, dtype=torch.float32, device=device)
+    kept = states if live is None else states[:-1]
+    return [*kept, MemoryState(LIVE, zero, mask, 0.0, 0)]
+
+
+def room(states: Sequence[MemoryState], hparams: WISEHyperParams) -> int:
+    """How many edits the shard that takes the next one still has room for, at least one."""
+    held = states[-1].n_edits if states and states[-1].stage == LIVE else 0
+    return max(1, shard_size(hparams) - held)
+
+
+@dataclass(frozen=True)
+class Closed:
+    """The memories after a shard was closed.
+
+    Attributes:
+        states: the memories.
+        places: for each memory before, where its edits are now.
+        changed: the memory whose threshold has to be set anew: the closed shard, or what it was folded into.
+    """
+
+    states: list[MemoryState]
+    places: list[int]
+    changed: int
+
+
+def close_shard(states: Sequence[MemoryState], hparams: WISEHyperParams, generator: torch.Generator) -> Closed:
+    """Close the live shard at the end, and fold the closed shards once there are k of them."""
+    closed = [*states[:-1], states[-1].with_(stage=SHARD, mask=None)]
+    shards = [index for index, state in enumerate(closed) if state.stage == SHARD]
+    if len(shards) < hparams.n_shards:
+        return Closed(closed, list(range(len(closed))), len(closed) - 1)
+    return _fold(closed, shards, hparams, generator)
+
+
+def _fold(states: list[MemoryState], shards: list[int], hparams: WISEHyperParams, generator: torch.Generator) -> Closed:
+    """Eq. 8: W' <- W + Ties({W^i - W}); the earlier memory of WISE-Merge is one more of the W^i."""
+    folded = list(shards)
+    if not hparams.retrieve:
+        folded = [index for index, state in enumerate(states) if state.stage == MERGED] + folded
+    n_edits = sum(states[index].n_edits for index in folded)
+    scale = hparams.weights if hparams.weights is not None else 1.0
+    merged = merge(
+        [states[index].delta_weight for index in folded],
+        method=hparams.merge_alg,
+        # Shards of equal size weigh lambda / k as in the paper; an earlier memory weighs by what it holds.
+        weights=[scale * states[index].n_edits / n_edits for index in folded],
+        density=hparams.densities if hparams.densities is not None else 1.0,
+        generator=generator,
+    )
+    kept = [index for index in range(len(states)) if index not in folded]
+    places = [kept.index(index) if index in kept else len(kept) for index in range(len(states))]
+    epsilon = max(states[index].epsilon for index in folded)
+    memory = MemoryState(MERGED, merged, None, epsilon, n_edits)
+    return Closed([*(states[index] for index in kept), memory], places, len(kept))

@@ -1,0 +1,161 @@
+"""Several edits of one shard, trained together: each with its own contexts, irrelevant prompt and losses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS
+from editing_helpers import FACTS, mean_score, settings
+from torch import Tensor
+
+import easyedit_wise.editing.stream as stream_module
+from easyedit_wise.easyedit.apply import stream_of
+from easyedit_wise.editing.loss_record import LossRecord
+from easyedit_wise.editing.requests import EditRequest
+from easyedit_wise.editing.stream import EditStream
+from easyedit_wise.editing.task import EditTask
+from easyedit_wise.editing.trainer import EditDivergedError, train_edit
+from easyedit_wise.hparams import WISEHyperParams
+
+EDITS = [EditRequest(prompt, target, loc_prompt=f"{target} in the north") for prompt, target in FACTS]
+
+
+@pytest.fixture
+def tasks(monkeypatch: pytest.MonkeyPatch) -> list[EditTask]:
+    """Every task that a stream trains on from now on."""
+    seen: list[EditTask] = []
+
+    def spy(delta: Tensor, mask: Tensor, task: EditTask, *rest: Any) -> Any:
+        seen.append(task)
+        return train_edit(delta, mask, task, *rest)
+
+    monkeypatch.setattr(stream_module, "train_edit", spy)
+    return seen
+
+
+def stream(model: Any, tok: Any, **changes: Any) -> EditStream:
+    return stream_of(model, tok, settings(**changes))
+
+
+def first_losses(made: EditStream, edits: list[EditRequest]) -> tuple[float, float]:
+    """(L, L_edit) of the first iteration."""
+    outcome = made.apply(edits)[-1]
+    return outcome.losses[0], outcome.edit_losses[0]
+
+
+@pytest.mark.parametrize("contexts_per_step", [None, 2])
+@pytest.mark.parametrize("subject_routing", [False, True])
+def test_the_loss_of_a_batch_is_the_mean_of_its_edits(
+    make_model: Any, tok: Any, contexts_per_step: int | None, subject_routing: bool
+) -> None:
+    options = {"n_contexts": 3, "contexts_per_step": contexts_per_step, "n_iter": 1, "save_freq": 9, "merge_freq": 9}
+    edits = [replace(edit, subject=edit.prompt.split()[1]) for edit in EDITS[:3]]
+    alone = [
+        first_losses(stream(make_model("llama"), tok, subject_routing=subject_routing, **options), [edit])
+        for edit in edits
+    ]
+    together = first_losses(
+        stream(make_model("llama"), tok, subject_routing=subject_routing, batch_size=3, **options), edits
+    )
+    for index in range(2):
+        assert together[index] == pytest.approx(sum(loss[index] for loss in alone) / 3, rel=1e-4)
+
+
+def test_an_edit_is_held_against_its_own_irrelevant_prompt_only(llama: Any, tok: Any, tasks: list[EditTask]) -> None:
+    mixed = [EDITS[0], replace(EDITS[1], loc_prompt=None), EDITS[2]]
+    stream(llama, tok, batch_size=3, irrelevant_prompts=2, n_iter=1).apply(mixed)
+    (task,) = tasks
+    assert task.n_edits == 3
+    assert task.irrelevant_of is not None
+    assert [rows.tolist() for rows in task.irrelevant_of] == [[0, 2, 3], [2, 3], [1, 2, 3]]
+    lengths = task.irrelevant.token_mask.sum(dim=-1).tolist()
+    assert lengths[:2] == [len(tok(edit.loc_prompt)["input_ids"]) for edit in (EDITS[0], EDITS[2])]
+
+
+def test_a_batch_ends_where_its_shard_does(llama: Any, tok: Any, tasks: list[EditTask]) -> None:
+    made = stream(llama, tok, batch_size=4, save_freq=3, merge_freq=6, n_iter=1)
+    outcomes = made.apply(EDITS[:8])
+    assert [task.n_edits for task in tasks] == [3, 3, 2]
+    assert [outcome.delta_weight is outcomes[0].delta_weight for outcome in outcomes] == [True] * 3 + [False] * 5
+    assert [held.request for held in made.held] == EDITS[:8]
+    assert [(state.stage, state.n_edits) for state in made.layer.memories("default")] == [("merged", 6), ("live", 2)]
+
+
+def test_each_edit_reports_its_own_scores(make_model: Any, tok: Any) -> None:
+    made = stream(make_model("llama"), tok, batch_size=3, n_contexts=2, n_iter=1, edit_lr=0.3)
+    made.apply(EDITS[:2])  # so that dW is not zero
+    before = made.layer.memories("default")[0].delta_weight.clone()
+    seen: list[tuple[int, str]] = []
+    outcomes = made.apply(EDITS[2:5], on_edit=lambda index, request, _: seen.append((index, request.target)))
+    assert seen == [(index, edit.target) for index, edit in enumerate(EDITS[2:5])]
+    base = make_model("llama")
+    for edit, outcome in zip(EDITS[2:5], outcomes, strict=True):
+        assert len(outcome.edit_scores) == 3
+        expected = mean_score(base, tok, LAYERS["llama"], before, edit.prompt)
+        assert outcome.edit_scores[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_batch_holds_all_its_edits(make_model: Any, tok: Any) -> None:
+    made = stream(
+        make_model("llama"), tok, batch_size=2, n_iter=150, edit_lr=0.03, mask_ratio=1.0, norm_constraint=None
+    )
+    made.apply(EDITS[:2])
+    for edit in EDITS[:2]:
+        prompt = tok(edit.prompt, return_tensors="pt")
+        said = made.model.generate(**prompt, do_sample=False, max_new_tokens=8)[0, prompt["input_ids"].shape[1] :]
+        assert tok.decode(said).strip().startswith(edit.target)
+
+
+def test_rehearsal_goes_on_over_batches(llama: Any, tok: Any, tasks: list[EditTask]) -> None:
+    stream(llama, tok, batch_size=2, rehearsal=0.1, n_iter=1).apply(EDITS[:4])
+    tokens = sum(len(tok(f"{edit.prompt} {edit.target}")["input_ids"]) for edit in EDITS[:2])
+    assert tasks[0].earlier is None
+    assert tasks[1].earlier is not None
+    assert tasks[1].earlier.n_tokens == tokens
+
+
+def test_a_batch_that_diverges_is_taken_back_whole(llama: Any, tok: Any) -> None:
+    made = stream(llama, tok, batch_size=2, n_iter=3)
+    made.apply(EDITS[:2])
+    before = made.snapshot()
+    # A trained rho of ones, stretched: the second batch's first loss is not finite.
+    made.use(tok, settings(batch_size=2, n_iter=3, optimizer="sgd", edit_lr=1e37, norm_constraint=None))
+    with pytest.raises(EditDivergedError, match=r"edits 3 to 4 \('The largest planet is' -> 'Saturn' and so on\)"):
+        made.apply(EDITS[2:4])
+    after = made.snapshot()
+    assert after.held == before.held
+    assert all(
+        torch.equal(one.delta_weight, other.delta_weight)
+        for one, other in zip(before.states, after.states, strict=True)
+    )
+
+
+def test_batches_are_deterministic(make_model: Any, tok: Any) -> None:
+    runs = [stream(make_model("llama"), tok, batch_size=3, irrelevant_prompts=2).apply(EDITS[:6]) for _ in range(2)]
+    assert torch.equal(runs[0][-1].delta_weight, runs[1][-1].delta_weight)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_losses_read_late_train_the_same(
+    make_model: Any, tok: Any, monkeypatch: pytest.MonkeyPatch, tasks: list[EditTask], optimizer: str
+) -> None:
+    """As on an accelerator: the host reads four iterations late, and what it finds late changes nothing."""
+    hparams = settings(n_iter=12, optimizer=optimizer, edit_lr=1e-3, early_stop_loss=1e6, early_stop_change=0.05)
+
+    def trained(lag: int, limits: WISEHyperParams) -> Any:
+        made = stream_of(make_model("llama"), tok, limits)
+        outcome = made.apply(EDITS[:1])[0]
+        mask = made.layer.memories("default")[0].mask
+        late = LossRecord(limits.n_iter, 1, limits.early_stop_loss, limits.early_stop_change, mask.device, lag=lag)
+        return outcome, train_edit(torch.zeros_like(outcome.delta_weight), mask, tasks[-1], limits, record=late)
+
+    for limits in (hparams, replace(hparams, early_stop_loss=0.0)):
+        at_once, late = trained(4, limits)
+        assert len(at_once.losses) == (12 if limits.early_stop_loss == 0 else len(late.losses))
+        assert torch.equal(at_once.delta_weight, late.delta_weight)
+        assert at_once.losses == late.losses
+    stopped, _ = trained(0, hparams)
+    assert len(stopped.losses) < 12
