@@ -27,6 +27,12 @@ def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
     return f": did you mean {match[0]!r}?" if match else "."
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is a whole number of at least 0."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} is {value!r}: it must be a whole number, 0 (none) or more.")
+
+
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise ValueError unless ``value`` is one of ``choices``."""
     if value not in choices:

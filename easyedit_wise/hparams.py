@@ -18,6 +18,7 @@ import yaml
 
 from .checks import (
     check_choice,
+    check_count,
     check_inner_params,
     check_positive_int,
     is_number,
@@ -28,13 +29,14 @@ from .merging import MERGE_METHODS
 from .routing import POOLINGS
 
 OBJECTIVES = ("only_label", "prompt_and_label")
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam", "lion")
 _SWITCHES = (
     "retrieve",
     "replay",
     "margin_over_violated",
     "subject_routing",
     "use_chat_template",
+    "layer_units",
     "model_parallel",
     "fp16",
 )
@@ -62,7 +64,12 @@ class WISEHyperParams:
     edit_lr: float = 1.0
     n_iter: int = 70
     optimizer: str = "sgd"
-    """"sgd" (the paper's) or "adam", which does not depend on the scale of A(x)."""
+    """"sgd" (the paper's), or "adam" or "lion", whose steps do not depend on the size of the loss."""
+    lr_end: float = 1.0
+    """The last iteration's step as a share of the first one's, linear in between; 1 keeps it constant."""
+    layer_units: bool = False
+    """True: alpha, beta, gamma count in 1/64 of the mean norm of the layer's own output, and edit_lr is the share of
+    its own size by which one step of every masked entry could change it. Then one set of values fits any model."""
     weight_decay: float = 0.0
     """Decay of dW inside the mask. EasyEdit decays the whole matrix by 1e-5, outside the mask too; the paper
     has none."""
@@ -191,6 +198,11 @@ class WISEHyperParams:
             raise ValueError(
                 f"densities is {self.densities!r}, outside (0, 1]: it is the share of each shard that TIES keeps."
             )
+        if not is_number(self.lr_end) or not 0.0 < self.lr_end <= 1.0:
+            raise ValueError(
+                f"lr_end is {self.lr_end!r}, outside (0, 1]: it is the last step as a share of the first one; 1 keeps "
+                "edit_lr constant."
+            )
         if not is_number(self.epsilon_position) or not 0.0 <= self.epsilon_position <= 1.0:
             raise ValueError(f"epsilon_position is {self.epsilon_position!r}, outside [0, 1].")
         if self.score_activation is not None:
@@ -198,9 +210,7 @@ class WISEHyperParams:
 
             check_choice("score_activation", self.score_activation, tuple(ACT2FN))
         for name in ("n_contexts", "irrelevant_prompts"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} is {value!r}: it must be a whole number, 0 (none) or more.")
+            check_count(name, getattr(self, name))
         if self.contexts_per_step is not None:
             check_positive_int("contexts_per_step", self.contexts_per_step)
         for name in ("context_length", "batch_size", "max_length"):

@@ -18,6 +18,7 @@ from ..hparams import WISEHyperParams
 from ..tuner.layer import WiseLayer
 from .contexts import as_chat, generate_prefixes
 from .frozen_prefix import FrozenPrefix, layer_input_of
+from .layer_units import LayerUnits
 from .open_shard import RecordedEdit
 from .replay_plan import ReplayPlan
 from .requests import EditRequest, TokenBatch, pair_batch, prompt_batch
@@ -46,6 +47,7 @@ class PromptRecorder:
         # By the settings that they depend on, which may change in the middle of a stream.
         self._neutral: dict[tuple[bool, bool], ScoredInputs] = {}
         self._plan: ReplayPlan | None = None
+        self._units: LayerUnits | None = None
 
     def share_recordings(self, other: PromptRecorder) -> None:
         """Take over what ``other`` recorded on the same base model."""
@@ -136,6 +138,14 @@ class PromptRecorder:
         if key not in self._neutral:
             self._neutral[key] = self.scored([self.rendered(prompt) for prompt in neutral_prompts()])
         return self._neutral[key]
+
+    def units(self) -> LayerUnits:
+        """The scale of the layer's input and output on the neutral prompts."""
+        if self._units is None:
+            activations = self.neutral().activations
+            with self.main_memory_only(), torch.no_grad():
+                self._units = LayerUnits.of(activations, self.layer.base_layer(activations))
+        return self._units
 
     def scored(self, texts: Sequence[str]) -> ScoredInputs:
         """Rendered prompts as the router sees them; the forward goes no further than the layer."""

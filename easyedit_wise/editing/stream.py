@@ -172,10 +172,14 @@ class EditStream:
         shard = self._shard_so_far(place, live)
         own = self._recorder.own_irrelevant(requests)
         task = self._record(requests, place, own, shard)
+        hparams = self.hparams
+        if hparams.layer_units:
+            units = self._recorder.units()
+            hparams, task.unit = units.resolved(hparams), units.score
         recorded = plain_edits(task.contexts[0], own, self._recorder.keeps_base_output)
         with self._recorder.main_memory_only():
             mask = live.mask if live.mask is not None else torch.ones_like(live.delta_weight, dtype=torch.bool)
-            outcome = train_edit(live.delta_weight, mask, task, self.hparams, self._label(requests), on_iteration)
+            outcome = train_edit(live.delta_weight, mask, task, hparams, self._label(requests), on_iteration)
         del task
         self.held += [HeldEdit(request, place) for request in requests]
         shard, scores = shard.joined(recorded, outcome.delta_weight, self.hparams)

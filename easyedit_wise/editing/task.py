@@ -103,6 +103,7 @@ class EditTask:
         past: x_m of Appendix B.3, edits that other memories hold, or None.
         earlier: the shard's earlier edits, or None.
         irrelevant_of: which rows of ``irrelevant`` are each edit's; None: one edit, which has all of them.
+        unit: what Delta_act and the rehearsal's distances are counted in.
     """
 
     contexts: list[RecordedContexts]
@@ -110,6 +111,7 @@ class EditTask:
     past: ScoredInputs | None = None
     earlier: Rehearsed | None = None
     irrelevant_of: Sequence[Tensor] | None = None
+    unit: float = 1.0
 
     @property
     def n_edits(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..hparams import WISEHyperParams
 from ..losses import edit_loss, rehearsal_loss, replay_loss, routing_margin_loss, upstream_margin_loss
 from .loss_record import LossRecord
+from .optimizers import optimizer_for
 from .subspace import Subspace
 from .task import EditTask, target_positions
 
@@ -65,7 +66,7 @@ def train_edit(
     """
     subspace = Subspace(delta_weight, mask)
     theta = subspace.theta
-    optimizer = _optimizer(theta, hparams)
+    optimizer, schedule = optimizer_for(theta, hparams)
     supervised = [target_positions(recorded.batch, hparams) for recorded in task.contexts]
     earlier = _rehearsal_reference(subspace, task, hparams)
     n_groups = len(task.contexts)
@@ -87,15 +88,17 @@ def train_edit(
             irrelevant = task.irrelevant.pooled(others[0], hparams)
             loss = loss_edit + routing_loss(scores, irrelevant, out_of_scope, task, hparams)
             if task.past is not None:
-                loss = loss + replay_loss(task.past.pooled(others[1], hparams), hparams.alpha)
+                loss = loss + replay_loss(task.past.pooled(others[1], hparams) / task.unit, hparams.alpha)
             if task.earlier is not None and earlier is not None:
-                loss = loss + hparams.rehearsal * rehearsal_loss(others[-1], earlier, task.earlier.n_tokens)
+                moved = rehearsal_loss(others[-1], earlier, task.earlier.n_tokens) / task.unit**2
+                loss = loss + hparams.rehearsal * moved
             record.add(loss, loss_edit)
             if record.stopped():
                 break
             # The gradient of dW alone: a base model that happens to be trainable gets none.
             (theta.grad,) = torch.autograd.grad(loss, [theta])
             _step(optimizer, theta, hparams, record)
+            schedule.step()
             subspace.write()
         record.finish()
     except FloatingPointError as error:
@@ -126,6 +129,8 @@ def routing_loss(
     """
     margin = upstream_margin_loss if hparams.margin_over_violated else routing_margin_loss
     loss = edit_scores.new_zeros(())
+    edit_scores, irrelevant_scores = edit_scores / task.unit, irrelevant_scores / task.unit
+    out_of_scope = None if out_of_scope is None else out_of_scope / task.unit
     for index, own in enumerate(edit_scores.chunk(task.n_edits)):
         others = irrelevant_scores if task.irrelevant_of is None else irrelevant_scores[task.irrelevant_of[index]]
         if out_of_scope is not None:
@@ -167,8 +172,3 @@ def _diverged(label: str, value: float, iteration: int, hparams: WISEHyperParams
         f"the loss of {label} became {value} in iteration {iteration} of {hparams.n_iter}: the edit was taken back and "
         f"earlier edits are as they were. Lower edit_lr (now {hparams.edit_lr})."
     )
-
-
-def _optimizer(parameter: Tensor, hparams: WISEHyperParams) -> torch.optim.Optimizer:
-    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[hparams.optimizer]
-    return kind([parameter], lr=hparams.edit_lr, weight_decay=hparams.weight_decay)
