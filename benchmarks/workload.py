@@ -1,4 +1,4 @@
-"""What the editing benchmarks edit: the small real model, and facts with their irrelevant prompts."""
+"""What the editing benchmarks edit: a small real model, a wide random one, and facts with irrelevant prompts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from easyedit_wise.data import demo_facts, neutral_prompts
@@ -89,3 +91,44 @@ class Uncached(nn.Module):
     def generate(self, **options: Any) -> Any:
         """The model's own generation, recomputing every prefix."""
         return self.model.generate(**{**options, "use_cache": False})
+
+
+def numbered_requests(n: int) -> list[Request]:
+    """As many different edits as are wanted, for measurements that do not look at the answers."""
+    irrelevant = neutral_prompts()
+    return [
+        {
+            "prompt": f"The number of the house at the end of street {index} is",
+            "target_new": str(7 * index + 3),
+            "loc_prompt": irrelevant[index % len(irrelevant)],
+        }
+        for index in range(n)
+    ]
+
+
+def wide_llama() -> tuple[Any, Any]:
+    """A random Llama of 4 layers with hidden size 1024, and a byte-level tokenizer of at most 2000 tokens."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000,
+        special_tokens=["<eos>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(neutral_prompts(), trainer)
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<eos>", eos_token="<eos>", pad_token="<pad>")
+    config = LlamaConfig(
+        vocab_size=2000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).eval(), tok
