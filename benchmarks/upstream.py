@@ -18,7 +18,6 @@ import io
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
@@ -29,6 +28,8 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+
+from benchmarks.common import now
 
 HOME = "EASYEDIT_HOME"
 PACKAGE = "easyedit_head"
@@ -66,13 +67,6 @@ class EditTiming:
     def iterations(self) -> list[float]:
         """Seconds from one mark to the next: a whole iteration each, without what precedes the first."""
         return [after - before for before, after in zip(self.marks, self.marks[1:], strict=False)]
-
-
-def now() -> float:
-    """A time stamp after everything that was asked of the accelerator, if there is one, is done."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 class UpstreamWise:
