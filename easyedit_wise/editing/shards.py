@@ -30,9 +30,9 @@ def with_live_shard(
     if live is not None and live.n_edits:
         return list(states)
     mask = random_mask(shape, hparams.mask_ratio, generator).to(device)
-    zero = torch.zeros(shape, dtype=torch.float32, device=device)
-    kept = states if live is None else states[:-1]
-    return [*kept, MemoryState(LIVE, zero, mask, 0.0, 0)]
+    if live is None:
+        return [*states, MemoryState(LIVE, torch.zeros(shape, dtype=torch.float32, device=device), mask, 0.0, 0)]
+    return [*states[:-1], live.with_(mask=mask)]  # nothing is in it yet: its zeros will do
 
 
 def room(states: Sequence[MemoryState], hparams: WISEHyperParams) -> int:
