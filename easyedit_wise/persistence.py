@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from .adapter_files import (
     read_record,
     read_tensors,
 )
-from .editing.stream import EditStream, Snapshot
+from .editing.stream import EditStream
 from .hparams import WISEHyperParams
 from .tuner.attach import attach, detach
 from .tuner.config import WiseConfig
@@ -198,7 +199,7 @@ def _continued_stream(
     stream = EditStream(model, tok, settings, layer, adapter_name)
     fresh = stream.snapshot()
     state = fresh.generator_state if record.generator_state is None else record.generator_state
-    stream.restore(Snapshot(fresh.states, record.held, state))
+    stream.restore(replace(fresh, held=record.held, generator_state=state))
     return stream
 
 

@@ -42,11 +42,11 @@ def diverge_at(monkeypatch: pytest.MonkeyPatch, edit: int) -> None:
     """Poison the training of one edit, counted from 1."""
     calls: list[int] = []
 
-    def poisoned(delta: Any, mask: Any, task: Any, *rest: Any) -> Any:
+    def poisoned(delta: Any, mask: Any, task: Any, *rest: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == edit:
             task.irrelevant.activations[:] = float("nan")
-        return train_edit(delta, mask, task, *rest)
+        return train_edit(delta, mask, task, *rest, **options)
 
     monkeypatch.setattr(stream_module, "train_edit", poisoned)
 
@@ -422,7 +422,7 @@ def test_an_error_after_loading_leaves_no_trace(make_model: Any, tok: Any, tmp_p
 def test_a_first_edit_that_fails_leaves_no_trace(
     llama: Any, tok: Any, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    def fail(*args: Any) -> None:
+    def fail(*args: Any, **options: Any) -> None:
         raise error("stop")
 
     monkeypatch.setattr(stream_module, "train_edit", fail)

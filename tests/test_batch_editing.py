@@ -28,9 +28,9 @@ def tasks(monkeypatch: pytest.MonkeyPatch) -> list[EditTask]:
     """Every task that a stream trains on from now on."""
     seen: list[EditTask] = []
 
-    def spy(delta: Tensor, mask: Tensor, task: EditTask, *rest: Any) -> Any:
+    def spy(delta: Tensor, mask: Tensor, task: EditTask, *rest: Any, **options: Any) -> Any:
         seen.append(task)
-        return train_edit(delta, mask, task, *rest)
+        return train_edit(delta, mask, task, *rest, **options)
 
     monkeypatch.setattr(stream_module, "train_edit", spy)
     return seen

@@ -61,9 +61,9 @@ def spied_tasks(monkeypatch: pytest.MonkeyPatch) -> list[EditTask]:
     """What each edit trains on."""
     tasks: list[EditTask] = []
 
-    def spy(delta: Tensor, mask: Tensor, task: EditTask, *rest: Any) -> EditOutcome:
+    def spy(delta: Tensor, mask: Tensor, task: EditTask, *rest: Any, **options: Any) -> EditOutcome:
         tasks.append(task)
-        return train_edit(delta, mask, task, *rest)
+        return train_edit(delta, mask, task, *rest, **options)
 
     monkeypatch.setattr(stream_module, "train_edit", spy)
     return tasks
@@ -166,15 +166,16 @@ def test_shards_have_masks_of_their_own(llama: Any, tok: Any) -> None:
 def test_an_edit_goes_on_from_the_shards_earlier_ones(llama: Any, tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     starts: list[Tensor] = []
 
-    def spy(delta: Tensor, *rest: Any) -> EditOutcome:
+    def spy(delta: Tensor, *rest: Any, **options: Any) -> EditOutcome:
         starts.append(delta.clone())
-        return train_edit(delta, *rest)
+        return train_edit(delta, *rest, **options)
 
     monkeypatch.setattr(stream_module, "train_edit", spy)
     stream = open_stream(llama, tok, settings(n_iter=1, save_freq=2, merge_freq=4))
-    outcomes = stream.apply(EDITS[:3])
+    ends: list[Tensor] = []
+    outcomes = stream.apply(EDITS[:3], on_edit=lambda *made: ends.append(made[2].delta_weight.clone()))
     assert not starts[0].any()
-    assert torch.equal(starts[1], outcomes[0].delta_weight)
+    assert torch.equal(starts[1], ends[0])
     assert not starts[2].any()  # a new shard starts from the main memory, not from the closed one
     assert torch.equal(memories(stream)[1].delta_weight, outcomes[2].delta_weight)
 
@@ -426,6 +427,33 @@ def test_an_open_shard_does_not_grow_with_its_edits(llama: Any, tok: Any) -> Non
     assert memories(stream)[-1].n_edits == 40
 
 
+def test_an_edit_is_made_in_the_shards_own_matrix(llama: Any, tok: Any) -> None:
+    stream = open_stream(llama, tok, settings())
+    stream.apply(EDITS[:1])
+    place = memories(stream)[0].delta_weight.data_ptr()
+    stream.apply(EDITS[1:3])
+    assert memories(stream)[0].delta_weight.data_ptr() == place  # not a second one beside it
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])
+def test_snapshots_hold_although_edits_are_made_in_place(llama: Any, tok: Any, order: tuple[int, ...]) -> None:
+    stream = open_stream(llama, tok, settings(save_freq=2, merge_freq=4))
+    snapshots, contents = [stream.snapshot()], [copied(stream)]
+    for count in range(3):  # a live shard, a closed one, a live one beside it
+        stream.apply(EDITS[count : count + 1])
+        snapshots.append(stream.snapshot())
+        contents.append(copied(stream))
+    stream.apply(EDITS[3:6])
+    for index in order:
+        stream.restore(snapshots[index])
+        assert same(memories(stream), contents[index])
+    stream.restore(snapshots[1])
+    stream.apply(EDITS[1:3])  # the same edits again give the same memories
+    assert same(memories(stream), contents[3])
+    stream.restore(snapshots[2])
+    assert same(memories(stream), contents[2])
+
+
 # -- what an edit leaves alone --------------------------------------------------------------------
 
 
@@ -554,7 +582,7 @@ def test_an_edit_that_diverges_says_which_and_is_taken_back(
     stream.apply(EDITS[:1])
     original, calls = stream_module.train_edit, []
 
-    def poisoned(delta: Tensor, mask: Tensor, task: EditTask, *rest: Any) -> EditOutcome:
+    def poisoned(delta: Tensor, mask: Tensor, task: EditTask, *rest: Any, **options: Any) -> EditOutcome:
         calls.append(1)
         if len(calls) == 2:
             task.irrelevant.activations[:] = float("nan")

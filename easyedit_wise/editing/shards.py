@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from ..hparams import WISEHyperParams
 from ..merging import merge
@@ -30,9 +31,29 @@ def with_live_shard(
     if live is not None and live.n_edits:
         return list(states)
     mask = random_mask(shape, hparams.mask_ratio, generator).to(device)
-    if live is None:
-        return [*states, MemoryState(LIVE, torch.zeros(shape, dtype=torch.float32, device=device), mask, 0.0, 0)]
-    return [*states[:-1], live.with_(mask=mask)]  # nothing is in it yet: its zeros will do
+    zero = torch.zeros(shape, dtype=torch.float32, device=device)
+    kept = states if live is None else states[:-1]
+    return [*kept, MemoryState(LIVE, zero, mask, 0.0, 0)]
+
+
+def set_aside(live: MemoryState) -> tuple[MemoryState, Tensor | None]:
+    """A live shard, so that :func:`put_back` gives it back although edits go on in its own dW.
+
+    Returns:
+        (the shard, its masked entries, shape (n,)); one that is still empty takes no room and has None.
+    """
+    if live.n_edits and live.mask is not None:
+        return live, live.delta_weight[live.mask]
+    if not bool(live.delta_weight.any()):
+        return live.with_(delta_weight=live.delta_weight.new_zeros(()).expand_as(live.delta_weight)), None
+    return live, None
+
+
+def put_back(live: MemoryState, values: Tensor | None) -> MemoryState:
+    """The shard as it was at :func:`set_aside`, in a tensor of its own: others may share the one that was edited."""
+    if values is None or live.mask is None:
+        return live.with_(delta_weight=live.delta_weight.contiguous())
+    return live.with_(delta_weight=live.delta_weight.masked_scatter(live.mask, values))
 
 
 def room(states: Sequence[MemoryState], hparams: WISEHyperParams) -> int:

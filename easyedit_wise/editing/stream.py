@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from ..hparams import WISEHyperParams
 from ..tuner.layer import WiseLayer
-from ..tuner.memory import MemoryState
+from ..tuner.memory import LIVE, MemoryState
 from .contexts import context_groups
 from .open_shard import EditScores, OpenShard, edit_scores, threshold
 from .recorder import PromptRecorder, plain_edits
 from .requests import EditRequest, encode_pair
 from .scored import ScoredInputs
-from .shards import close_shard, room, shard_size, with_live_shard
+from .shards import close_shard, put_back, room, set_aside, shard_size, with_live_shard
 from .task import EditTask
 from .trainer import EditOutcome, train_edit
 
@@ -44,12 +44,22 @@ class HeldEdit:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that an edit changes, by reference: putting it back costs nothing."""
+    """All that an edit changes: by reference, but for the entries that a live shard may change.
+
+    Attributes:
+        states: the side memories. Edits go on in the live one's own dW, so of that tensor only what lies
+            outside the mask is sure to stay.
+        held: the edits.
+        generator_state: of the stream's random numbers.
+        open_shard: what is remembered of the live shard's edits.
+        live_values: the live shard's masked entries, shape (n,); None without a live shard that edits were made in.
+    """
 
     states: tuple[MemoryState, ...]
     held: tuple[HeldEdit, ...]
     generator_state: Tensor
     open_shard: OpenShard | None = None
+    live_values: Tensor | None = None
 
 
 class EditStream:
@@ -154,12 +164,18 @@ class EditStream:
 
     def snapshot(self) -> Snapshot:
         """The present contents, to be put back by :meth:`restore`."""
-        states = tuple(self.layer.memories(self.adapter_name))
-        return Snapshot(states, tuple(self.held), self._generator.get_state(), self._open_shard)
+        states = self.layer.memories(self.adapter_name)
+        values = None
+        if states and states[-1].stage == LIVE:
+            states[-1], values = set_aside(states[-1])
+        return Snapshot(tuple(states), tuple(self.held), self._generator.get_state(), self._open_shard, values)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put contents back as they were at :meth:`snapshot`."""
-        self.layer.install(self.adapter_name, snapshot.states)
+        states = list(snapshot.states)
+        if states and states[-1].stage == LIVE:
+            states[-1] = put_back(states[-1], snapshot.live_values)
+        self.layer.install(self.adapter_name, states)
         self.held, self._open_shard = list(snapshot.held), snapshot.open_shard
         self._generator.set_state(snapshot.generator_state)
 
@@ -168,6 +184,7 @@ class EditStream:
     ) -> list[EditOutcome]:
         """Train some edits together into the live shard, and commit them."""
         states = self._with_live_shard()
+        self.layer.install(self.adapter_name, states)  # what it replaces need not stay in memory
         place, live = len(states) - 1, states[-1]
         shard = self._shard_so_far(place, live)
         own = self._recorder.own_irrelevant(requests)
@@ -179,7 +196,9 @@ class EditStream:
         recorded = plain_edits(task.contexts[0], own, self._recorder.keeps_base_output)
         with self._recorder.main_memory_only():
             mask = live.mask if live.mask is not None else torch.ones_like(live.delta_weight, dtype=torch.bool)
-            outcome = train_edit(live.delta_weight, mask, task, hparams, self._label(requests), on_iteration)
+            outcome = train_edit(
+                live.delta_weight, mask, task, hparams, self._label(requests), on_iteration, in_place=True
+            )
         del task
         self.held += [HeldEdit(request, place) for request in requests]
         shard, scores = shard.joined(recorded, outcome.delta_weight, self.hparams)

@@ -21,8 +21,9 @@ class Subspace:
     """dW of a live shard and its trainable entries.
 
     Args:
-        delta_weight: dW, shape (d_out, d_in); copied, not written to.
+        delta_weight: dW, shape (d_out, d_in).
         mask: M, bool, same shape.
+        in_place: let :meth:`write` write to ``delta_weight`` itself; else it works on a copy.
 
     Attributes:
         matrix: dW as it is now, shape (d_out, d_in).
@@ -30,8 +31,9 @@ class Subspace:
             :meth:`write` after each step.
     """
 
-    def __init__(self, delta_weight: Tensor, mask: Tensor) -> None:
-        self.matrix = delta_weight.detach().clone(memory_format=torch.contiguous_format)
+    def __init__(self, delta_weight: Tensor, mask: Tensor, in_place: bool = False) -> None:
+        own = delta_weight.detach()
+        self.matrix = own if in_place else own.clone(memory_format=torch.contiguous_format)
         d_out, d_in = self.matrix.shape
         step = max(1, min(d_out, _BLOCK // d_in))
         rows = [slice(start, min(start + step, d_out)) for start in range(0, d_out, step)]
@@ -54,11 +56,12 @@ class Subspace:
         return products
 
     @torch.no_grad()
-    def write(self) -> None:
-        """Put theta into the matrix."""
+    def write(self, values: Tensor | None = None) -> None:
+        """Put theta, or other values in its place, into the matrix."""
+        values = self.theta if values is None else values
         for block, entries, place in self._blocks:
             # Scattering wants int64: widened one block at a time.
-            self.matrix[block].view(-1).scatter_(0, place.long(), self.theta[entries])
+            self.matrix[block].view(-1).scatter_(0, place.long(), values[entries])
 
     def _gathered(self, matrix: Tensor) -> Tensor:
         return torch.cat([matrix[block].reshape(-1).index_select(0, place) for block, _, place in self._blocks])

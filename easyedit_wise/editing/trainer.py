@@ -1,7 +1,6 @@
 """Train edits into the live shard (WISE, Section 2.3.2 and Algorithm 1).
 
-Nothing here touches the model: training works on a copy of the shard's dW and returns
-it, so an edit that fails leaves everything as it was.
+Nothing here touches the model but, if asked to, the shard's own dW; an edit that fails leaves everything as it was.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class EditOutcome:
     """What training gave.
 
     Attributes:
-        delta_weight: the shard's new dW, shape (d_out, d_in).
+        delta_weight: the shard's dW, shape (d_out, d_in); of a stream the live one, which its next edits change.
         losses: the total loss of every iteration; of the whole batch, where edits were trained together.
         edit_losses: L_edit of every iteration, likewise.
         edit_scores: Delta_act(x_e) of each context at the last iteration, edit by edit.
@@ -49,63 +48,79 @@ def train_edit(
     label: str = "this edit",
     on_iteration: Callable[[int, float], None] | None = None,
     record: LossRecord | None = None,
+    in_place: bool = False,
 ) -> EditOutcome:
     """Eq. 7: W' <- W' - eta (M o g) until the edits of the task hold; nothing outside the mask moves, ever.
 
     Args:
-        delta_weight: dW of the live shard, shape (d_out, d_in); not written to.
+        delta_weight: dW of the live shard, shape (d_out, d_in).
         mask: M, bool, same shape.
         task: the recorded edit, or edits: the loss is then the mean of theirs.
         hparams: settings.
         label: what an error calls the edit.
         on_iteration: called with the iteration and its loss.
         record: where the losses are kept; None: a new one.
+        in_place: write to ``delta_weight`` itself, which saves a matrix; whatever is raised, it is as before then.
 
     Raises:
         EditDivergedError: the loss became NaN or infinite.
     """
-    subspace = Subspace(delta_weight, mask)
+    subspace = Subspace(delta_weight, mask, in_place)
+    before = subspace.theta.detach().clone()
+    record = record or LossRecord(
+        hparams.n_iter,
+        len(task.contexts),
+        hparams.early_stop_loss,
+        hparams.early_stop_change,
+        before.device,
+        on_iteration,
+    )
+    try:
+        scores = _iterate(subspace, task, hparams, record)
+        if not torch.isfinite(subspace.theta).all():  # the last step has no loss of its own that would show it
+            raise FloatingPointError(float("nan"))
+    except FloatingPointError as error:
+        subspace.write(before)
+        raise EditDivergedError(_diverged(label, error.args[0], len(record.losses), hparams)) from None
+    except BaseException:  # also a KeyboardInterrupt
+        subspace.write(before)
+        raise
+    return EditOutcome(subspace.matrix, record.losses, record.edit_losses, scores.tolist())
+
+
+def _iterate(subspace: Subspace, task: EditTask, hparams: WISEHyperParams, record: LossRecord) -> Tensor:
+    """The iterations; Delta_act(x_e) of the last one's contexts."""
     theta = subspace.theta
     optimizer, schedule = optimizer_for(theta, hparams)
     supervised = [target_positions(recorded.batch, hparams) for recorded in task.contexts]
     earlier = _rehearsal_reference(subspace, task, hparams)
-    n_groups = len(task.contexts)
-    record = record or LossRecord(
-        hparams.n_iter, n_groups, hparams.early_stop_loss, hparams.early_stop_change, theta.device, on_iteration
-    )
     constant = _products_beside(task, theta.dtype)
     scores = theta.new_zeros(0)
-    try:
-        for iteration in range(hparams.n_iter):
-            group = iteration % n_groups
-            recorded, (positions, targets, is_first) = task.contexts[group], supervised[group]
-            product, *others = subspace.products(recorded.activations, *constant)
-            logits = recorded.logits(product, positions)
-            loss_edit = edit_loss(
-                logits, targets, positions[0], is_first, hparams.first_token_weight, len(recorded.batch.input_ids)
-            )
-            scores, out_of_scope = recorded.scores(product, hparams)
-            irrelevant = task.irrelevant.pooled(others[0], hparams)
-            loss = loss_edit + routing_loss(scores, irrelevant, out_of_scope, task, hparams)
-            if task.past is not None:
-                loss = loss + replay_loss(task.past.pooled(others[1], hparams) / task.unit, hparams.alpha)
-            if task.earlier is not None and earlier is not None:
-                moved = rehearsal_loss(others[-1], earlier, task.earlier.n_tokens) / task.unit**2
-                loss = loss + hparams.rehearsal * moved
-            record.add(loss, loss_edit)
-            if record.stopped():
-                break
-            # The gradient of dW alone: a base model that happens to be trainable gets none.
-            (theta.grad,) = torch.autograd.grad(loss, [theta])
-            _step(optimizer, theta, hparams, record)
-            schedule.step()
-            subspace.write()
-        record.finish()
-    except FloatingPointError as error:
-        raise EditDivergedError(_diverged(label, error.args[0], len(record.losses), hparams)) from None
-    if not torch.isfinite(theta).all():  # the last step has no loss of its own that would show it
-        raise EditDivergedError(_diverged(label, float("nan"), len(record.losses), hparams))
-    return EditOutcome(subspace.matrix, record.losses, record.edit_losses, scores.detach().tolist())
+    for iteration in range(hparams.n_iter):
+        group = iteration % len(task.contexts)
+        recorded, (positions, targets, is_first) = task.contexts[group], supervised[group]
+        product, *others = subspace.products(recorded.activations, *constant)
+        logits = recorded.logits(product, positions)
+        n_sequences = len(recorded.batch.input_ids)
+        loss_edit = edit_loss(logits, targets, positions[0], is_first, hparams.first_token_weight, n_sequences)
+        scores, out_of_scope = recorded.scores(product, hparams)
+        irrelevant = task.irrelevant.pooled(others[0], hparams)
+        loss = loss_edit + routing_loss(scores, irrelevant, out_of_scope, task, hparams)
+        if task.past is not None:
+            loss = loss + replay_loss(task.past.pooled(others[1], hparams) / task.unit, hparams.alpha)
+        if task.earlier is not None and earlier is not None:
+            moved = rehearsal_loss(others[-1], earlier, task.earlier.n_tokens) / task.unit**2
+            loss = loss + hparams.rehearsal * moved
+        record.add(loss, loss_edit)
+        if record.stopped():
+            break
+        # The gradient of dW alone: a base model that happens to be trainable gets none.
+        (theta.grad,) = torch.autograd.grad(loss, [theta])
+        _step(optimizer, theta, hparams, record)
+        schedule.step()
+        subspace.write()
+    record.finish()
+    return scores.detach()
 
 
 def routing_loss(
