@@ -57,6 +57,7 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         self.routing_scope = routing_scope
         self.last_route: Route | None = None
         self._sketches = SketchCache()
+        self._listed: tuple[tuple[Any, ...], list[Candidate]] | None = None
         self.edit_stream: Any = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -101,17 +102,23 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         self.wisemem_memories[adapter_name] = replacement
         self.wisemem_config[adapter_name].memories = [state.stage for state in states]
         self.last_route = None
+        self._listed = None
 
     def _side_memories(self, adapter_name: str) -> list[SideMemory]:
         return [memory for memory in self.wisemem_memories[adapter_name].children() if isinstance(memory, SideMemory)]
 
     def _candidates(self) -> list[Candidate]:
-        return [
-            Candidate(f"{name}/{index}", memory, self.wisemem_config[name])
-            for name in self.active_adapters
-            if name in self.wisemem_config
-            for index, memory in enumerate(self._side_memories(name))
-        ]
+        """The memories that may answer. Listed once, since every decode step asks."""
+        names = [name for name in self.active_adapters if name in self.wisemem_config]
+        sources = tuple((self.wisemem_memories[name], self.wisemem_config[name]) for name in names)
+        if self._listed is None or self._listed[0] != sources:
+            listed = [
+                Candidate(f"{name}/{index}", memory, self.wisemem_config[name])
+                for name in names
+                for index, memory in enumerate(self._side_memories(name))
+            ]
+            self._listed = (sources, listed)
+        return self._listed[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> WiseLayer:
         # A cast rounds the memories in place; there and back again they look as before.
