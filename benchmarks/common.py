@@ -90,16 +90,33 @@ def seconds_of(function: Callable[[], object]) -> float:
     return now() - started
 
 
-def alternate(functions: Mapping[str, Callable[[], None]], repetitions: int) -> dict[str, list[float]]:
+def alternate(
+    functions: Mapping[str, Callable[[], object]],
+    repetitions: int,
+    clock: Callable[[], float] = now,
+    warm: bool = False,
+) -> dict[str, list[float]]:
     """Call the functions in turn, ``repetitions`` times, so that what else the machine does hits all of them.
+
+    Args:
+        functions: what to time. Each round begins with another one.
+        repetitions: rounds.
+        clock: seconds. ``time.process_time`` leaves out the time in which other processes had the core; it counts
+            all threads, so only with one.
+        warm: one round more before the first, which does not count.
 
     Returns:
         The seconds of each call.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repetitions):
-        for name, function in functions.items():
-            seconds[name].append(seconds_of(function))
+    names = list(functions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for repetition in range(-1 if warm else 0, repetitions):
+        shift = repetition % len(names)
+        for name in names[shift:] + names[:shift]:
+            started = clock()
+            functions[name]()
+            if repetition >= 0:
+                seconds[name].append(clock() - started)
     return seconds
 
 

@@ -45,6 +45,7 @@ class RoutedPrompt:
     memory: str
     score: float
     epsilon: float
+    exact: bool = True
 
 
 def run_demo(

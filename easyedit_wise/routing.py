@@ -57,12 +57,12 @@ def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = 
     """One score per sequence from its tokens' scores; padding never counts.
 
     Args:
-        token_scores: shape (B, T).
-        token_mask: shape (B, T), True (or non-zero) where a token is real; None means all are.
+        token_scores: shape (..., T), e.g. (B, T).
+        token_mask: the same shape, True (or non-zero) where a token is real; None means all are.
         pooling: "mean" (the paper's code), "max", or "last" (the last real token).
 
     Returns:
-        Shape (B,). A sequence without any real token scores 0.
+        Shape (...), e.g. (B,). A sequence without any real token scores 0.
 
     Raises:
         ValueError: an unknown pooling.

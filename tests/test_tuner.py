@@ -391,10 +391,12 @@ def test_last_route_tells_which_memory_answered(llama: Any) -> None:
     assert isinstance(route, Route)
     assert route.memories == ("default/0", "default/1")
     scores = [score_alone(base, LLAMA, PROMPTS[2], delta_weight) for delta_weight in deltas(layer)]
-    assert route.describe(2) == {"memory": "default/0", "score": pytest.approx(scores[0]), "epsilon": 0.5}
+    expected = {"memory": "default/0", "score": pytest.approx(scores[0]), "epsilon": 0.5, "exact": True}
+    assert route.describe(2) == expected
     set_thresholds(layer, NEVER, NEVER)
     logits(llama, batch(PROMPTS))
-    assert last_route(llama).describe(2) == {"memory": "main", "score": pytest.approx(max(scores)), "epsilon": NEVER}
+    expected = {"memory": "main", "score": pytest.approx(max(scores)), "epsilon": NEVER, "exact": True}
+    assert last_route(llama).describe(2) == expected
 
 
 def test_last_route_is_none_while_edits_are_off(llama: Any) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from functools import partial
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,6 +13,12 @@ from .scope import RoutingScope
 
 _MARK = "_wise_routing_hooks"
 _GENERATE_BEFORE = "_wise_generate_before"
+
+
+@lru_cache(maxsize=16)
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of what a model's forward takes, in order; asked in every call with positional arguments."""
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 class _Enter:
@@ -23,8 +30,7 @@ class _Enter:
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(kwargs)
         if args:
-            parameters = list(inspect.signature(type(model).forward).parameters)[1:]
-            given.update(zip(parameters, args, strict=False))
+            given.update(zip(_parameters(type(model).forward), args, strict=False))
         tokens = given.get("input_ids")
         if tokens is None:
             tokens = given.get("inputs_embeds")

@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
-from ..routing import MAIN_MEMORY, choose_memory, pool, upstream_activation
+from ..routing import MAIN_MEMORY
 from ..sharding import random_mask
 from .config import WiseConfig
 from .memory import LIVE, MemoryState, SideMemory
+from .router import Candidate, decide, follow
 from .scope import Route, RoutingScope
+from .sketches import SketchCache
 
 
 class WiseLayer(nn.Module, BaseTunerLayer):
@@ -54,6 +56,8 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         self.wisemem_config: dict[str, WiseConfig] = {}
         self.routing_scope = routing_scope
         self.last_route: Route | None = None
+        self._sketches = SketchCache()
+        self._listed: tuple[tuple[Any, ...], list[Candidate]] | None = None
         self.edit_stream: Any = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -98,17 +102,29 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         self.wisemem_memories[adapter_name] = replacement
         self.wisemem_config[adapter_name].memories = [state.stage for state in states]
         self.last_route = None
+        self._listed = None
 
     def _side_memories(self, adapter_name: str) -> list[SideMemory]:
         return [memory for memory in self.wisemem_memories[adapter_name].children() if isinstance(memory, SideMemory)]
 
-    def _active_memories(self) -> list[tuple[str, SideMemory, WiseConfig]]:
-        return [
-            (f"{name}/{index}", memory, self.wisemem_config[name])
-            for name in self.active_adapters
-            if name in self.wisemem_config
-            for index, memory in enumerate(self._side_memories(name))
-        ]
+    def _candidates(self) -> list[Candidate]:
+        """The memories that may answer. Listed once, since every decode step asks."""
+        names = [name for name in self.active_adapters if name in self.wisemem_config]
+        sources = tuple((self.wisemem_memories[name], self.wisemem_config[name]) for name in names)
+        if self._listed is None or self._listed[0] != sources:
+            listed = [
+                Candidate(f"{name}/{index}", memory, self.wisemem_config[name])
+                for name in names
+                for index, memory in enumerate(self._side_memories(name))
+            ]
+            self._listed = (sources, listed)
+        return self._listed[1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> WiseLayer:
+        # A cast rounds the memories in place; there and back again they look as before.
+        self._sketches.clear()
+        super()._apply(fn, recurse)
+        return self
 
     # -- forward ----------------------------------------------------------------------------
 
@@ -125,92 +141,39 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             self.last_route = None
             return base_output
-        memories = self._active_memories()
-        if not memories:
+        candidates = self._candidates()
+        if not candidates:
             return base_output
         sequences = self.routing_scope.as_sequences(x)
         result = base_output.reshape(*sequences.shape[:2], -1)
-        trained = self._memory_in_training(memories)
+        trained = self._memory_in_training(candidates)
         if trained is not None:
             result = result + self._product(sequences, trained.delta_weight * trained.mask).to(result.dtype)
         else:
-            result = self._routed(sequences, result, memories)
+            result = self._routed(sequences, result, candidates)
         return result.reshape(base_output.shape)
 
-    def _memory_in_training(self, memories: list[tuple[str, SideMemory, WiseConfig]]) -> SideMemory | None:
+    def _memory_in_training(self, candidates: list[Candidate]) -> SideMemory | None:
         """Under ``model.train()`` the live memory answers everything: a routed-away row has no gradient."""
         if not self.training:
             return None
-        return next((m for _, m, _ in memories if m.stage == LIVE and m.delta_weight.requires_grad), None)
+        return next((m for _, m, _ in candidates if m.stage == LIVE and m.delta_weight.requires_grad), None)
 
     def _product(self, x: Tensor, delta_weight: Tensor) -> Tensor:
         return F.linear(self._cast_input_dtype(x, delta_weight.dtype), delta_weight)
 
-    def _routed(self, x: Tensor, base_output: Tensor, memories: list[tuple[str, SideMemory, WiseConfig]]) -> Tensor:
-        names = tuple(name for name, _, _ in memories)
+    def _routed(self, x: Tensor, base_output: Tensor, candidates: list[Candidate]) -> Tensor:
+        """Follow the route that this call goes on with, or decide and keep the decision for decoding."""
         held = self.routing_scope.held_route(self, x.shape[0])
-        if held is not None and held.memories != names:
+        if held is not None and held.memories != tuple(candidate.name for candidate in candidates):
             held = None
         if held is not None and held.decided is None:
-            return self._follow(held, x, base_output, memories)
-        return self._decide(x, base_output, memories, names, held)
-
-    def _follow(
-        self,
-        route: Route,
-        x: Tensor,
-        base_output: Tensor,
-        memories: list[tuple[str, SideMemory, WiseConfig]],
-    ) -> Tensor:
-        """Apply a decision made at prefill: unrouted rows cost nothing."""
-        result = base_output
-        for index in route.active:
-            product = self._product(x, memories[index][1].delta_weight).to(result.dtype)
-            routed = (route.choice == index).to(result.device)[:, None, None]
-            result = torch.where(routed, base_output + product, result)
-        return result
-
-    def _decide(
-        self,
-        x: Tensor,
-        base_output: Tensor,
-        memories: list[tuple[str, SideMemory, WiseConfig]],
-        names: tuple[str, ...],
-        earlier: Route | None = None,
-    ) -> Tensor:
-        """Score every memory (Eq. 3), choose per sequence (Eq. 6), and keep the decision for decoding.
-
-        Sequences that ``earlier`` has decided stay as they are.
-        """
+            return follow(held, x, base_output, candidates, self._product)
         token_mask = self.routing_scope.token_mask(x.shape[0], x.shape[1], x.device)
-        epsilon = torch.stack([memory.epsilon.to(x.device) for _, memory, _ in memories])
-        scores: list[Tensor] = []
-        chosen = base_output
-        choice = torch.full((x.shape[0],), MAIN_MEMORY, device=x.device)
-        for index, (_, memory, config) in enumerate(memories):
-            product = self._product(x, memory.delta_weight)
-            score = self._score(product, base_output, token_mask, config)
-            if earlier is not None and earlier.decided is not None:
-                score = torch.where(earlier.decided, earlier.scores[:, index], score)
-            scores.append(score.detach())
-            # Eq. 6 among the memories so far; only the outputs of the best one are kept.
-            choice = choose_memory(torch.stack(scores, dim=-1), epsilon[: index + 1])
-            chosen = torch.where((choice == index)[:, None, None], base_output + product.to(base_output.dtype), chosen)
-        decided = None if token_mask is None else token_mask.bool().any(dim=-1)
-        if decided is not None and earlier is not None and earlier.decided is not None:
-            decided = decided | earlier.decided
-        route = Route(choice, torch.stack(scores, dim=-1), epsilon, names, decided)
+        route, result = decide(x, base_output, candidates, self._product, token_mask, held, self._sketches)
         self.last_route = route
         self.routing_scope.hold(self, route)
-        return chosen if route.active else base_output
-
-    def _score(self, product: Tensor, base_output: Tensor, token_mask: Tensor | None, config: WiseConfig) -> Tensor:
-        if config.score_activation is None:
-            token_scores = product.norm(dim=-1)
-        else:
-            base = base_output.to(product.dtype)
-            token_scores = upstream_activation(base, base + product, config.score_activation)
-        return pool(token_scores.float(), token_mask, config.pooling)
+        return result
 
     # -- the rest of PEFT's contract ----------------------------------------------------------
 

@@ -28,12 +28,15 @@ class Route:
 
     Attributes:
         choice: shape (B,), index into ``memories`` or -1 for the main memory.
-        scores: shape (B, M), Delta_act of each memory.
+        scores: shape (B, M), Delta_act of each memory, exact or estimated from its sketch.
         epsilon: shape (M,), each memory's threshold.
         memories: M names, ``adapter/index``.
         decided: shape (B,), False where a sequence had no real token yet, so that its turn is still to
             come (a prompt prefilled in chunks starts with padding only); None: all are decided.
-        active: indices of the memories that at least one sequence goes to.
+        exact: bool, shape (B, M), False where a score is an estimate; None: all are exact. A chosen memory's
+            score is exact.
+        rows: for each memory that answers at least one sequence, the sequences' indices on ``choice``'s
+            device; None: all of them.
     """
 
     choice: Tensor
@@ -41,13 +44,25 @@ class Route:
     epsilon: Tensor
     memories: tuple[str, ...]
     decided: Tensor | None = None
-    active: tuple[int, ...] = field(default=())
+    exact: Tensor | None = None
+    rows: dict[int, Tensor | None] = field(init=False, default_factory=dict)
+    _expanded: dict[int, Route] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         # One synchronisation here, at prefill, spares one in every decode step.
-        self.active = tuple(index for index in self.choice.unique().tolist() if index != MAIN_MEMORY)
+        choice = self.choice.tolist()
+        for index in sorted(set(choice) - {MAIN_MEMORY}):
+            rows = [row for row, chosen in enumerate(choice) if chosen == index]
+            self.rows[index] = None if len(rows) == len(choice) else torch.tensor(rows, device=self.choice.device)
         if self.decided is not None and bool(self.decided.all()):
             self.decided = None
+        if self.exact is not None and bool(self.exact.all()):
+            self.exact = None
+
+    @property
+    def active(self) -> tuple[int, ...]:
+        """Indices of the memories that at least one sequence goes to."""
+        return tuple(self.rows)
 
     def expand(self, rows: int) -> Route | None:
         """The same route for ``rows`` sequences: as it is, or each repeated for its beams.
@@ -60,23 +75,27 @@ class Route:
             return self
         if routed == 0 or rows % routed:
             return None
-        repeat = rows // routed
-        return Route(
-            self.choice.repeat_interleave(repeat),
-            self.scores.repeat_interleave(repeat, dim=0),
-            self.epsilon,
-            self.memories,
-            None if self.decided is None else self.decided.repeat_interleave(repeat),
-        )
+        if rows not in self._expanded:  # kept, since every decode step asks
+            repeat = rows // routed
+            self._expanded[rows] = Route(
+                self.choice.repeat_interleave(repeat),
+                self.scores.repeat_interleave(repeat, dim=0),
+                self.epsilon,
+                self.memories,
+                None if self.decided is None else self.decided.repeat_interleave(repeat),
+                None if self.exact is None else self.exact.repeat_interleave(repeat, dim=0),
+            )
+        return self._expanded[rows]
 
     def describe(self, row: int = 0) -> dict[str, Any]:
-        """The route of one sequence in plain values: memory, score, epsilon."""
+        """The route of one sequence in plain values: memory, score, epsilon, and whether the score is exact."""
         choice = int(self.choice[row])
         best = choice if choice != MAIN_MEMORY else (int(self.scores[row].argmax()) if self.memories else None)
         return {
             "memory": self.memories[choice] if choice != MAIN_MEMORY else "main",
             "score": None if best is None else float(self.scores[row, best]),
             "epsilon": None if best is None else float(self.epsilon[best]),
+            "exact": best is None or self.exact is None or bool(self.exact[row, best]),
         }
 
 
