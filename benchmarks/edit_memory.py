@@ -22,11 +22,15 @@ import torch
 from benchmarks.common import CONSOLE, live_tensor_bytes, peak_memory, print_table, use_prefixes, write_report
 from benchmarks.edit_speed import OURS, PACKAGED, THEIRS, edit_ours, equal_settings
 from benchmarks.upstream import load_upstream, why_not
-from benchmarks.workload import Request, layer_parameter, load_smollm2, numbered_requests, wide_llama
+from benchmarks.workload import Request, layer_parameter, llama_7b_layers, load_smollm2, numbered_requests, wide_llama
 from easyedit_wise.data import neutral_prompts
 from easyedit_wise.hparams import WISEHyperParams
 
-MODELS: dict[str, tuple[Callable[[], tuple[Any, Any]], int]] = {"wide": (wide_llama, 2), "smollm2": (load_smollm2, 20)}
+MODELS: dict[str, tuple[Callable[[], tuple[Any, Any]], int]] = {
+    "wide": (wide_llama, 1),
+    "smollm2": (load_smollm2, 20),
+    "7b": (llama_7b_layers, 1),
+}
 # The same settings as EasyEdit's, and those that this package comes with: more irrelevant prompts, rehearsal.
 OURS_PACKAGED = f"{OURS}, {PACKAGED} settings"
 ENGINES = (OURS, OURS_PACKAGED, THEIRS)
@@ -100,14 +104,14 @@ def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
 def main() -> None:
     """Measure, print and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--short", action="store_true", help="20 edits instead of 200, on the wide model only")
-    parser.add_argument("--models", default=",".join(MODELS), help="models of the peak, separated by commas")
+    parser.add_argument("--short", action="store_true", help="20 edits instead of 200, on SmolLM2 only")
+    parser.add_argument("--models", help=f"of {', '.join(MODELS)}, separated by commas; growth is measured on the last")
     parser.add_argument("--edits", type=int, help="edits of the growth")
     parser.add_argument("--iterations", type=int, default=2, help="of each edit")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/edit_memory.json"))
     arguments = parser.parse_args()
     n_edits = arguments.edits or (20 if arguments.short else 200)
-    chosen = arguments.models.split(",")
+    chosen = (arguments.models or ("wide,smollm2" if arguments.short else "7b,wide,smollm2")).split(",")
     engines = [engine for engine in ENGINES if engine != THEIRS or load_upstream() is not None]
     if THEIRS not in engines:
         CONSOLE.print(f"Without EasyEdit's own WISE: {why_not()}", highlight=False)
@@ -123,7 +127,7 @@ def main() -> None:
             ["", *(column.replace("_", " ") for column in columns)],
             [[engine, *(row[column] for column in columns)] for engine, row in peaks.items()],
         )
-    for name in chosen[:1] if arguments.short else chosen:
+    for name in chosen[-1:]:
         grown = {engine: _alone(growth, name, engine, n_edits, 1, n_threads) for engine in engines}
         report[f"growth_{name}"] = grown
         print_table(

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import alternate, print_table, write_report
-
 from easyedit_wise import WiseConfig, WiseLayer, attach, last_route
 from easyedit_wise.data import neutral_prompts
 from easyedit_wise.routing import routing_activation

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 from easyedit_wise.data import demo_facts, neutral_prompts
@@ -106,29 +105,28 @@ def numbered_requests(n: int) -> list[Request]:
     ]
 
 
-def wide_llama() -> tuple[Any, Any]:
-    """A random Llama of 4 layers with hidden size 1024, and a byte-level tokenizer of at most 2000 tokens."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        special_tokens=["<eos>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(neutral_prompts(), trainer)
-    tok = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<eos>", eos_token="<eos>", pad_token="<pad>")
+def random_llama(hidden: int, inner: int, n_layers: int) -> tuple[Any, Any]:
+    """A random Llama in fp32 with SmolLM2's tokenizer, so that prompts have the lengths that they have in earnest."""
+    tok = AutoTokenizer.from_pretrained(smollm2_checkpoint())
     config = LlamaConfig(
-        vocab_size=2000,
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=16,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=1,
+        vocab_size=len(tok),
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=n_layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        tie_word_embeddings=True,
     )
-    torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval(), tok
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).eval(), tok
+
+
+def wide_llama() -> tuple[Any, Any]:
+    """Four layers of hidden size 2048, of which the second is edited: half the widths of a 7B."""
+    return random_llama(2048, 5504, 4)
+
+
+def llama_7b_layers() -> tuple[Any, Any]:
+    """Six layers of a Llama 7B, of which the second is edited: four follow, as in the 28th of 32."""
+    return random_llama(4096, 11008, 6)

@@ -120,17 +120,12 @@ def test_rehearsal_goes_on_over_batches(llama: Any, tok: Any, tasks: list[EditTa
 def test_a_batch_that_diverges_is_taken_back_whole(llama: Any, tok: Any) -> None:
     made = stream(llama, tok, batch_size=2, n_iter=3)
     made.apply(EDITS[:2])
-    before = made.snapshot()
-    # A trained rho of ones, stretched: the second batch's first loss is not finite.
+    before, weights = made.snapshot(), made.layer.memories("default")[0].delta_weight.clone()
     made.use(tok, settings(batch_size=2, n_iter=3, optimizer="sgd", edit_lr=1e37, norm_constraint=None))
     with pytest.raises(EditDivergedError, match=r"edits 3 to 4 \('The largest planet is' -> 'Saturn' and so on\)"):
         made.apply(EDITS[2:4])
-    after = made.snapshot()
-    assert after.held == before.held
-    assert all(
-        torch.equal(one.delta_weight, other.delta_weight)
-        for one, other in zip(before.states, after.states, strict=True)
-    )
+    assert made.snapshot().held == before.held
+    assert torch.equal(made.layer.memories("default")[0].delta_weight, weights)
 
 
 def test_batches_are_deterministic(make_model: Any, tok: Any) -> None:

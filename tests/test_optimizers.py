@@ -108,5 +108,5 @@ def test_the_units_are_those_of_the_neutral_prompts(make_model: Any, tok: Any) -
 
 @pytest.mark.parametrize("lr_end", [0.0, -0.1, 1.5, True, "a"])
 def test_an_end_that_is_none(lr_end: Any) -> None:
-    with pytest.raises(ValueError, match="lr_end is .* outside"):
+    with pytest.raises(ValueError, match=r"lr_end is .* outside"):
         settings(lr_end=lr_end)

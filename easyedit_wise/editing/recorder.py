@@ -45,9 +45,8 @@ class PromptRecorder:
         self.hparams = hparams
         self.layer = layer
         # By the settings that they depend on, which may change in the middle of a stream.
-        self._neutral: dict[tuple[bool, bool], ScoredInputs] = {}
+        self._neutral: dict[tuple[bool, bool], tuple[ScoredInputs, LayerUnits]] = {}
         self._plan: ReplayPlan | None = None
-        self._units: LayerUnits | None = None
 
     def share_recordings(self, other: PromptRecorder) -> None:
         """Take over what ``other`` recorded on the same base model."""
@@ -133,19 +132,26 @@ class PromptRecorder:
         return found
 
     def neutral(self) -> ScoredInputs:
-        """The packaged neutral prompts."""
-        key = (self.hparams.use_chat_template, self.hparams.score_activation is not None)
-        if key not in self._neutral:
-            self._neutral[key] = self.scored([self.rendered(prompt) for prompt in neutral_prompts()])
-        return self._neutral[key]
+        """The packaged neutral prompts.
+
+        They stay as long as the stream does, so they are kept in 16 bits: a score is the norm of a sum over
+        thousands of components, and moves by less than its last digits between two batches.
+        """
+        return self._neutral_and_units()[0]
 
     def units(self) -> LayerUnits:
         """The scale of the layer's input and output on the neutral prompts."""
-        if self._units is None:
-            activations = self.neutral().activations
+        return self._neutral_and_units()[1]
+
+    def _neutral_and_units(self) -> tuple[ScoredInputs, LayerUnits]:
+        key = (self.hparams.use_chat_template, self.hparams.score_activation is not None)
+        if key not in self._neutral:
+            exact = self.scored([self.rendered(prompt) for prompt in neutral_prompts()])
             with self.main_memory_only(), torch.no_grad():
-                self._units = LayerUnits.of(activations, self.layer.base_layer(activations))
-        return self._units
+                units = LayerUnits.of(exact.activations, self.layer.base_layer(exact.activations))
+            kept = exact if exact.activations.element_size() <= 2 else exact.to(torch.bfloat16)
+            self._neutral[key] = (kept, units)
+        return self._neutral[key]
 
     def scored(self, texts: Sequence[str]) -> ScoredInputs:
         """Rendered prompts as the router sees them; the forward goes no further than the layer."""

@@ -69,10 +69,22 @@ class ScoredInputs:
         masks = [F.pad(one.token_mask, (length - one.token_mask.shape[1], 0)) for one in inputs]
         bases = [one.base_output for one in inputs if one.base_output is not None]
         return ScoredInputs(
-            torch.cat([one.activations for one in inputs]),
+            ScoredInputs._common([one.activations for one in inputs]),
             torch.cat(masks),
-            torch.cat(bases) if len(bases) == len(inputs) else None,
+            ScoredInputs._common(bases) if len(bases) == len(inputs) else None,
         )
+
+    def to(self, dtype: torch.dtype) -> ScoredInputs:
+        """The same prompts in another dtype."""
+        base = None if self.base_output is None else self.base_output.to(dtype)
+        return ScoredInputs(self.activations.to(dtype), self.token_mask, base)
+
+    @staticmethod
+    def _common(values: Sequence[Tensor]) -> Tensor:
+        dtype = values[0].dtype
+        for one in values[1:]:
+            dtype = torch.promote_types(dtype, one.dtype)
+        return torch.cat([one.to(dtype) for one in values])
 
     def scores(self, delta_weight: Tensor, hparams: WISEHyperParams) -> Tensor:
         """Delta_act of each prompt, shape (B,)."""

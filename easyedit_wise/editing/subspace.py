@@ -56,12 +56,11 @@ class Subspace:
         return products
 
     @torch.no_grad()
-    def write(self, values: Tensor | None = None) -> None:
-        """Put theta, or other values in its place, into the matrix."""
-        values = self.theta if values is None else values
+    def write(self) -> None:
+        """Put theta into the matrix."""
         for block, entries, place in self._blocks:
             # Scattering wants int64: widened one block at a time.
-            self.matrix[block].view(-1).scatter_(0, place.long(), values[entries])
+            self.matrix[block].view(-1).scatter_(0, place.long(), self.theta[entries])
 
     def _gathered(self, matrix: Tensor) -> Tensor:
         return torch.cat([matrix[block].reshape(-1).index_select(0, place) for block, _, place in self._blocks])

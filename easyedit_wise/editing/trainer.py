@@ -1,6 +1,6 @@
 """Train edits into the live shard (WISE, Section 2.3.2 and Algorithm 1).
 
-Nothing here touches the model but, if asked to, the shard's own dW; an edit that fails leaves everything as it was.
+Nothing here touches the model but, if asked to, the shard's own dW.
 """
 
 from __future__ import annotations
@@ -60,19 +60,19 @@ def train_edit(
         label: what an error calls the edit.
         on_iteration: called with the iteration and its loss.
         record: where the losses are kept; None: a new one.
-        in_place: write to ``delta_weight`` itself, which saves a matrix; whatever is raised, it is as before then.
+        in_place: write to ``delta_weight`` itself, which saves a matrix; if anything is raised, the caller has to
+            put it back.
 
     Raises:
         EditDivergedError: the loss became NaN or infinite.
     """
     subspace = Subspace(delta_weight, mask, in_place)
-    before = subspace.theta.detach().clone()
     record = record or LossRecord(
         hparams.n_iter,
         len(task.contexts),
         hparams.early_stop_loss,
         hparams.early_stop_change,
-        before.device,
+        subspace.theta.device,
         on_iteration,
     )
     try:
@@ -80,11 +80,7 @@ def train_edit(
         if not torch.isfinite(subspace.theta).all():  # the last step has no loss of its own that would show it
             raise FloatingPointError(float("nan"))
     except FloatingPointError as error:
-        subspace.write(before)
         raise EditDivergedError(_diverged(label, error.args[0], len(record.losses), hparams)) from None
-    except BaseException:  # also a KeyboardInterrupt
-        subspace.write(before)
-        raise
     return EditOutcome(subspace.matrix, record.losses, record.edit_losses, scores.tolist())
 
 
