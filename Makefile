@@ -9,13 +9,15 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-fast lint format clean
+.PHONY: help install demo test test-fast lint bench bench-full format clean
 
 help:
 	@echo "make demo       edit a dozen facts into SmolLM2-135M through EasyEdit (about 5 minutes)"
 	@echo "make test       all tests, the real model's too"
 	@echo "make test-fast  all tests but the slow ones"
 	@echo "make lint       ruff and mypy"
+	@echo "make bench      the four benchmarks, short (under 10 minutes; EASYEDIT_HOME=... adds EasyEdit's own WISE)"
+	@echo "make bench-full the same in full (about an hour)"
 	@echo "make format     let ruff format the code"
 
 install: $(READY)
@@ -47,6 +49,18 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.merge_speed --short
+	$(BIN)/python -m benchmarks.inference_overhead --short
+	$(BIN)/python -m benchmarks.edit_memory --short
+	$(BIN)/python -m benchmarks.edit_speed --short
+
+bench-full: $(READY)
+	$(BIN)/python -m benchmarks.merge_speed
+	$(BIN)/python -m benchmarks.inference_overhead
+	$(BIN)/python -m benchmarks.edit_memory
+	$(BIN)/python -m benchmarks.edit_speed
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -214,7 +214,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=6, help="of each edit in parts a and c")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/edit_speed.json"))
     arguments = parser.parse_args()
-    n_timed, n_lifelong = (3, 3) if arguments.short else (6, 10)
+    n_timed, n_lifelong = (3, 2) if arguments.short else (6, 10)
     facts = load_facts(max(n_timed, n_lifelong), arguments.data)
     timed, lived = facts[1][:n_timed], (facts[0][:n_lifelong], facts[1][:n_lifelong])
     upstream = load_upstream()

@@ -45,6 +45,12 @@ def check_positive_int(name: str, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}: it must be a whole number of at least 1.")
 
 
+def check_share(name: str, value: Any, meaning: str) -> None:
+    """Raise ValueError unless ``value`` lies in (0, 1]."""
+    if not is_number(value) or not 0.0 < value <= 1.0:
+        raise ValueError(f"{name} is {value!r}, outside (0, 1]: it is {meaning}.")
+
+
 def check_inner_params(inner_params: Any) -> None:
     """Raise ValueError unless it is a list of exactly one name."""
     if isinstance(inner_params, str) or not isinstance(inner_params, (list, tuple)) or not inner_params:

@@ -21,6 +21,7 @@ from .checks import (
     check_count,
     check_inner_params,
     check_positive_int,
+    check_share,
     is_number,
     nearest,
     number_from_scientific_notation,
@@ -152,11 +153,11 @@ class WISEHyperParams:
         check_inner_params(self.inner_params)
         if self.alg_name != "WISE":
             raise ValueError(f"alg_name is {self.alg_name!r}: these settings are WISE's, so it must be 'WISE'.")
-        if not is_number(self.mask_ratio) or not 0.0 < self.mask_ratio <= 1.0:
-            raise ValueError(
-                f"mask_ratio (rho) is {self.mask_ratio!r}, outside (0, 1]: it is the share of the side memory "
-                "that one shard may change; the paper uses 0.2."
-            )
+        check_share(
+            "mask_ratio (rho)",
+            self.mask_ratio,
+            "the share of the side memory that one shard may change; the paper uses 0.2",
+        )
         for name in ("alpha", "beta", "gamma"):
             value = getattr(self, name)
             if not is_number(value) or not math.isfinite(value) or value < 0:
@@ -194,15 +195,9 @@ class WISEHyperParams:
                 raise ValueError(
                     f"{name} is {value!r}: it must be a finite number greater than 0, or null to switch it off."
                 )
-        if self.densities is not None and (not is_number(self.densities) or not 0.0 < self.densities <= 1.0):
-            raise ValueError(
-                f"densities is {self.densities!r}, outside (0, 1]: it is the share of each shard that TIES keeps."
-            )
-        if not is_number(self.lr_end) or not 0.0 < self.lr_end <= 1.0:
-            raise ValueError(
-                f"lr_end is {self.lr_end!r}, outside (0, 1]: it is the last step as a share of the first one; 1 keeps "
-                "edit_lr constant."
-            )
+        if self.densities is not None:
+            check_share("densities", self.densities, "the share of each shard that TIES keeps")
+        check_share("lr_end", self.lr_end, "the last step as a share of the first one; 1 keeps edit_lr constant")
         if not is_number(self.epsilon_position) or not 0.0 <= self.epsilon_position <= 1.0:
             raise ValueError(f"epsilon_position is {self.epsilon_position!r}, outside [0, 1].")
         if self.score_activation is not None:

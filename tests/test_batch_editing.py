@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from conftest import LAYERS
 from editing_helpers import FACTS, mean_score, settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import easyedit_wise.editing.stream as stream_module
 from easyedit_wise.easyedit.apply import stream_of
@@ -154,3 +157,42 @@ def test_losses_read_late_train_the_same(
         assert at_once.losses == late.losses
     stopped, _ = trained(0, hparams)
     assert len(stopped.losses) < 12
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for an accelerator: reading a value, or a shape that depends on values.
+
+    Not counted: Adam's step number, which lies on the host, and transformers' mask code, which looks once in each
+    forward whether a batch is padded.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "_unique2"):
+            files = {frame.filename for frame in traceback.extract_stack()}
+            if not any("masking_utils" in file or "torch/optim/adam" in file for file in files):
+                self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"margin_over_violated": True, "optimizer": "lion", "pooling": "max"}], ids=str
+)
+def test_no_iteration_makes_an_accelerator_wait(
+    make_model: Any, tok: Any, tasks: list[EditTask], changes: dict[str, Any]
+) -> None:
+    counts = []
+    for n_iter in (6, 18):
+        hparams = settings(n_iter=n_iter, batch_size=2, rehearsal=0.1, n_contexts=2, **changes)
+        made = stream_of(make_model("llama"), tok, hparams)
+        made.apply(EDITS[:4])
+        mask = made.layer.memories("default")[0].mask
+        late = LossRecord(n_iter, 1, hparams.early_stop_loss, hparams.early_stop_change, mask.device, lag=4)
+        with Waits() as waits:
+            train_edit(torch.zeros(mask.shape), mask, tasks[-1], hparams, record=late)
+        counts.append(waits.seen)
+    assert counts[0] == counts[1]
