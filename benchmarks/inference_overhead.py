@@ -16,7 +16,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -198,6 +198,7 @@ def measure(
     states: list[MemoryState],
     repetitions: int,
     steps: int,
+    counts: Sequence[int] = COUNTS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[dict[str, Any]]:
     """All figures of one batch size."""
@@ -205,7 +206,7 @@ def measure(
     cases: dict[str, tuple[Any, Tensor, dict[str, Any]]] = {
         name: (setup.model, setup.unrelated[:rows], {}) for name in (BASE, BASE_AGAIN)
     }
-    for count in COUNTS:
+    for count in counts:
         model = edited(setup, states[:count])
         for routed in (False, True):
             # As many memories as can answer these rows do.
@@ -275,7 +276,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=21)
     parser.add_argument("--steps", type=int, default=2, help="decode steps in one measurement")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16], help="at most 16")
-    parser.add_argument("--short", action="store_true", help="about 90 seconds on two cores")
+    parser.add_argument("--short", action="store_true", help="only 1 and 64 memories, few repetitions")
     parser.add_argument("--cpu-time", action="store_true", help="count this process's time only, for a busy machine")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/inference_overhead.json"))
     options = parser.parse_args()
@@ -283,13 +284,14 @@ def main() -> None:
         torch.set_num_threads(1)  # threads that wait for each other would count, too
     clock = time.process_time if options.cpu_time else time.perf_counter
     repetitions = 3 if options.short else options.repetitions
+    counts = COUNTS[:: len(COUNTS) - 1] if options.short else COUNTS
     start = time.perf_counter()
     setup = load(options.model, options.tokens, getattr(torch, options.dtype))
     states = memories(setup)
     figures: list[dict[str, Any]] = []
     for rows in options.batches:
         # A small batch is soon measured and its figures are the noisier ones.
-        figures += measure(setup, rows, states, repetitions * (5 if rows == 1 else 1), options.steps, clock)
+        figures += measure(setup, rows, states, repetitions * (5 if rows == 1 else 1), options.steps, counts, clock)
     print_figures(figures)
     report = {
         "model": setup.name,

@@ -282,7 +282,8 @@ class EditStream:
         numbers = iter(range(len(given)))
         device = neutral.activations.device  # an index on the host would be copied over in every iteration
         rows = [torch.tensor(shared if one is None else [next(numbers), *shared], device=device) for one in own]
-        return ScoredInputs.stack([*given, neutral.select(picked)]), rows
+        # In the dtype of dW, so that the iterations need no second copy.
+        return ScoredInputs.stack([*given, neutral.select(picked)]).to(torch.float32), rows
 
     def _past_inputs(self, memory: int) -> ScoredInputs | None:
         """x_m of Appendix B.3: edits that other memories hold, drawn anew for every edit."""
