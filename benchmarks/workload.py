@@ -32,7 +32,7 @@ def layer_parameter(index: int) -> str:
     return f"model.layers[{index}].mlp.down_proj.weight"
 
 
-def load_facts(n: int, path: Path | None = None) -> tuple[list[FactRecord], list[Request]]:
+def load_facts(n: int, path: Path | None = None, start: int = 0) -> tuple[list[FactRecord], list[Request]]:
     """Facts, and the edit request of each.
 
     A request's irrelevant prompt is never one that the fact is scored with: of the demo's facts it is a
@@ -41,6 +41,7 @@ def load_facts(n: int, path: Path | None = None) -> tuple[list[FactRecord], list
     Args:
         n: how many.
         path: a file in the form of EasyEdit's zsre_mend_edit.json; None takes the demo's facts.
+        start: the first record of the file.
 
     Raises:
         ValueError: there are not as many.
@@ -50,7 +51,7 @@ def load_facts(n: int, path: Path | None = None) -> tuple[list[FactRecord], list
         irrelevant: Sequence[str] = neutral_prompts()
     else:
         # Twice as many: the second half gives the irrelevant prompts.
-        entries = json.loads(path.read_text(encoding="utf-8"))[: 2 * n]
+        entries = json.loads(path.read_text(encoding="utf-8"))[start : start + 2 * n]
         records = [_from_zsre(entry) for entry in entries[:n]]
         irrelevant = [f"{entry['loc']} {entry['loc_ans']}" for entry in entries[n:]]
     if len(records) < n or len(irrelevant) < n:
