@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -433,6 +434,21 @@ def test_an_edit_is_made_in_the_shards_own_matrix(llama: Any, tok: Any) -> None:
     place = memories(stream)[0].delta_weight.data_ptr()
     stream.apply(EDITS[1:3])
     assert memories(stream)[0].delta_weight.data_ptr() == place  # not a second one beside it
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_edits_go_on_in_fp32_after_the_model_was_cast(llama: Any, tok: Any, dtype: torch.dtype) -> None:
+    stream = open_stream(llama, tok, settings(rehearsal=0.1))
+    stream.apply(EDITS[:1])
+    first = memories(stream)[0].delta_weight.clone()
+    llama.to(dtype)
+    (outcome,) = stream.apply(EDITS[1:2])
+    live = memories(stream)[0]
+    assert live.delta_weight.dtype == torch.float32
+    assert live.n_edits == 2
+    assert all(math.isfinite(loss) for loss in outcome.losses)
+    assert not torch.equal(live.delta_weight, first)
+    assert logits_of(llama, tok, EDITS[0].prompt).dtype == dtype
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)])

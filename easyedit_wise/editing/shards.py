@@ -12,6 +12,7 @@ from ..hparams import WISEHyperParams
 from ..merging import merge
 from ..sharding import random_mask
 from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
+from .subspace import MaskedEntries
 
 
 def shard_size(hparams: WISEHyperParams) -> int:
@@ -26,10 +27,11 @@ def with_live_shard(
     hparams: WISEHyperParams,
     generator: torch.Generator,
 ) -> list[MemoryState]:
-    """The memories with a live shard at the end: the one that is there, or a new one with a random mask."""
+    """The memories with a live shard at the end: the one that is there, or a new one with a random mask; in fp32."""
     live = states[-1] if states and states[-1].stage == LIVE else None
     if live is not None and live.n_edits:
-        return list(states)
+        # A cast of the whole model takes dW along; small steps need fp32 all the same.
+        return [*states[:-1], live.with_(delta_weight=live.delta_weight.float())]
     mask = random_mask(shape, hparams.mask_ratio, generator).to(device)
     zero = torch.zeros(shape, dtype=torch.float32, device=device)
     kept = states if live is None else states[:-1]
@@ -43,7 +45,7 @@ def set_aside(live: MemoryState) -> tuple[MemoryState, Tensor | None]:
         (the shard, its masked entries, shape (n,)); one that is still empty takes no room and has None.
     """
     if live.n_edits and live.mask is not None:
-        return live, live.delta_weight[live.mask]
+        return live, MaskedEntries(live.mask).gather(live.delta_weight)
     if not bool(live.delta_weight.any()):
         return live.with_(delta_weight=live.delta_weight.new_zeros(()).expand_as(live.delta_weight)), None
     return live, None
@@ -53,7 +55,9 @@ def put_back(live: MemoryState, values: Tensor | None) -> MemoryState:
     """The shard as it was at :func:`set_aside`, in a tensor of its own: others may share the one that was edited."""
     if values is None or live.mask is None:
         return live.with_(delta_weight=live.delta_weight.contiguous())
-    return live.with_(delta_weight=live.delta_weight.masked_scatter(live.mask, values))
+    own = live.delta_weight.clone(memory_format=torch.contiguous_format)
+    MaskedEntries(live.mask).write(values, own)
+    return live.with_(delta_weight=own)
 
 
 def room(states: Sequence[MemoryState], hparams: WISEHyperParams) -> int:

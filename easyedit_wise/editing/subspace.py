@@ -17,6 +17,36 @@ from torch import Tensor
 _BLOCK = 1 << 20
 
 
+class MaskedEntries:
+    """Where a mask has ones, by blocks of rows: to gather these entries of a matrix, and to write them back.
+
+    Args:
+        mask: M, bool, shape (d_out, d_in). The entries count in row-major order.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        d_out, d_in = mask.shape
+        step = max(1, min(d_out, _BLOCK // d_in))
+        self.blocks: list[tuple[slice, slice, Tensor]] = []
+        start = 0
+        for row in range(0, d_out, step):
+            rows = slice(row, min(row + step, d_out))
+            # int32 within a block: half the size, and as fast to gather with.
+            place = mask[rows].reshape(-1).nonzero().squeeze(-1).to(torch.int32)
+            self.blocks.append((rows, slice(start, start + place.numel()), place))
+            start += place.numel()
+
+    def gather(self, matrix: Tensor) -> Tensor:
+        """The entries of a matrix at the mask, shape (n,)."""
+        return torch.cat([matrix[rows].reshape(-1).index_select(0, place) for rows, _, place in self.blocks])
+
+    def write(self, values: Tensor, matrix: Tensor) -> None:
+        """Put values, shape (n,), where the mask has ones; the matrix must be contiguous."""
+        for rows, entries, place in self.blocks:
+            # Scattering wants int64: widened one block at a time.
+            matrix[rows].view(-1).scatter_(0, place.long(), values[entries])
+
+
 class Subspace:
     """dW of a live shard and its trainable entries.
 
@@ -34,17 +64,8 @@ class Subspace:
     def __init__(self, delta_weight: Tensor, mask: Tensor, in_place: bool = False) -> None:
         own = delta_weight.detach()
         self.matrix = own if in_place else own.clone(memory_format=torch.contiguous_format)
-        d_out, d_in = self.matrix.shape
-        step = max(1, min(d_out, _BLOCK // d_in))
-        rows = [slice(start, min(start + step, d_out)) for start in range(0, d_out, step)]
-        # int32 within a block: half the size, and as fast to gather with.
-        places = [mask[block].reshape(-1).nonzero().squeeze(-1).to(torch.int32) for block in rows]
-        self._blocks: list[tuple[slice, slice, Tensor]] = []
-        start = 0
-        for block, place in zip(rows, places, strict=True):
-            self._blocks.append((block, slice(start, start + place.numel()), place))
-            start += place.numel()
-        self.theta = self._gathered(self.matrix).requires_grad_(True)
+        self._masked = MaskedEntries(mask)
+        self.theta = self._masked.gather(self.matrix).requires_grad_(True)
 
     def products(self, *activations: Tensor) -> tuple[Tensor, ...]:
         """dW a of several batches of rows a, each of shape (N_i, d_in), with theta as what is differentiated.
@@ -58,17 +79,12 @@ class Subspace:
     @torch.no_grad()
     def write(self) -> None:
         """Put theta into the matrix."""
-        for block, entries, place in self._blocks:
-            # Scattering wants int64: widened one block at a time.
-            self.matrix[block].view(-1).scatter_(0, place.long(), self.theta[entries])
-
-    def _gathered(self, matrix: Tensor) -> Tensor:
-        return torch.cat([matrix[block].reshape(-1).index_select(0, place) for block, _, place in self._blocks])
+        self._masked.write(self.theta, self.matrix)
 
     def gradient(self, activations: list[Tensor], output_gradients: list[Tensor]) -> Tensor:
         """Entries of sum_i G_i^T A_i at the mask, shape (n,), one block of rows after the other."""
         gradient = torch.empty_like(self.theta)
-        for block, entries, place in self._blocks:
+        for block, entries, place in self._masked.blocks:
             dense: Tensor | None = None
             for a, g in zip(activations, output_gradients, strict=True):
                 dense = g[:, block].T @ a if dense is None else dense.addmm_(g[:, block].T, a)
