@@ -135,7 +135,8 @@ class EditStream:
             on_iteration: called in each training iteration with its index and loss.
 
         Returns:
-            The outcome of each edit; those of one batch share losses and dW.
+            The outcome of each edit, without dW: a list of them must not keep shards that are long merged. Those of
+            one batch share their losses.
 
         Raises:
             EditDivergedError: the loss became NaN or infinite; that batch was taken back, the ones before it stand.
@@ -156,7 +157,7 @@ class EditStream:
                 self.restore(before)
                 raise
             del before  # or a dW that was replaced would live on
-            outcomes += made
+            outcomes += [replace(outcome, delta_weight=None) for outcome in made]
             for index, (request, outcome) in enumerate(zip(batch, made, strict=True), done):
                 if on_edit is not None:
                     on_edit(index, request, outcome)
@@ -201,12 +202,10 @@ class EditStream:
             )
         del task
         self.held += [HeldEdit(request, place) for request in requests]
-        shard, scores = shard.joined(recorded, outcome.delta_weight, self.hparams)
-        states[-1] = live.with_(
-            delta_weight=outcome.delta_weight,
-            n_edits=live.n_edits + len(requests),
-            epsilon=self._threshold(scores, outcome.delta_weight),
-        )
+        # Trained in place: live.delta_weight is what was learned.
+        shard, scores = shard.joined(recorded, live.delta_weight, self.hparams)
+        epsilon = self._threshold(scores, live.delta_weight)
+        states[-1] = live.with_(n_edits=live.n_edits + len(requests), epsilon=epsilon)
         self._open_shard = shard
         self.layer.install(self.adapter_name, self._closed_if_full(states))
         per_edit = len(outcome.edit_scores) // len(requests)

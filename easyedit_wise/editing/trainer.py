@@ -28,13 +28,14 @@ class EditOutcome:
     """What training gave.
 
     Attributes:
-        delta_weight: the shard's dW, shape (d_out, d_in); of a stream the live one, which its next edits change.
+        delta_weight: the shard's dW, shape (d_out, d_in); of a stream the live one, which its next edits change, or
+            None in what :meth:`EditStream.apply` returns.
         losses: the total loss of every iteration; of the whole batch, where edits were trained together.
         edit_losses: L_edit of every iteration, likewise.
         edit_scores: Delta_act(x_e) of each context at the last iteration, edit by edit.
     """
 
-    delta_weight: Tensor
+    delta_weight: Tensor | None
     losses: list[float]
     edit_losses: list[float]
     edit_scores: list[float]
