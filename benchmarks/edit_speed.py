@@ -211,11 +211,11 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="fewer edits, and only the tuned settings of EasyEdit")
     parser.add_argument("--parts", default="abc", help="which of a, b and c to run")
     parser.add_argument("--data", type=Path, help="EasyEdit's zsre_mend_edit.json; without it the demo's facts")
-    parser.add_argument("--edits", type=int, help="of part b; 10 without it, 2 in the short form")
+    parser.add_argument("--edits", type=int, help="of part b; 10 without it, 1 in the short form")
     parser.add_argument("--iterations", type=int, default=6, help="of each edit in parts a and c")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/edit_speed.json"))
     arguments = parser.parse_args()
-    n_timed, n_lifelong = (3, 2) if arguments.short else (6, 10)
+    n_timed, n_lifelong = (3, 1) if arguments.short else (6, 10)
     n_lifelong = arguments.edits or n_lifelong
     facts = load_facts(max(n_timed, n_lifelong), arguments.data)
     timed, lived = facts[1][:n_timed], (facts[0][:n_lifelong], facts[1][:n_lifelong])
