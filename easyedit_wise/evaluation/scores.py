@@ -132,7 +132,7 @@ class FinalScores:
 
     def to_dict(self) -> dict[str, Any]:
         """All scores and rows as plain JSON values; a perplexity that is not finite becomes None."""
-        result: dict[str, Any] = _finite(asdict(self))
+        result: dict[str, Any] = finite(asdict(self))
         return result
 
 
@@ -225,10 +225,10 @@ def _mean_of_rephrasings(rows: Sequence[RecordScores], name: str) -> float | Non
     return sum(value * count for value, count in pairs) / total if total else None
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same nested value with None for numbers that JSON cannot write."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
