@@ -288,7 +288,7 @@ def changes_of(alg: str, changes: Iterable[str], algs: Sequence[str]) -> dict[st
         name, dot, rest = key.rpartition(".")
         if not separator or not rest or (dot and name not in algs):
             raise ValueError(
-                f"{change!r} is no change of a setting: write KEY=VALUE, or ALG.KEY=VALUE for one of {algs}."
+                f"{change!r} changes no setting: write KEY=VALUE, or ALG.KEY=VALUE for one of {', '.join(algs)}."
             )
         if not dot or name == alg:
             found[rest] = yaml.safe_load(value)
@@ -300,7 +300,10 @@ def _settings(
 ) -> dict[str, Any]:
     """All that decides a run's outcome, as plain values."""
     n = len(stream.edits.records)
-    stops = stops_of(options.checkpoints or default_checkpoints(n), n)
+    wanted = options.checkpoints or default_checkpoints(n)
+    if options.separately:  # the checkpoints are the mixed stream's, of which this may be a part
+        wanted = [stop for stop in wanted if stop <= n]
+    stops = stops_of(wanted, n)
     return {
         "alg": alg,
         "hparams": dict(config),

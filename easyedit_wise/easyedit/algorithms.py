@@ -76,11 +76,11 @@ def make_editor(
 
 
 def settings_of(name: str, hparams: str | Path, changes: Mapping[str, Any]) -> dict[str, Any]:
-    """The mapping of an algorithm's YAML file with some values changed.
+    """The mapping of an algorithm's YAML file with some values changed; of WISE all settings, defaults included.
 
     Raises:
         FileNotFoundError: neither a file nor a packaged name.
-        ValueError: not a YAML mapping.
+        ValueError: not a YAML mapping, or for WISE a setting that does not fit.
     """
     path, text = find_settings(hparams, name)
     try:
@@ -93,7 +93,8 @@ def settings_of(name: str, hparams: str | Path, changes: Mapping[str, Any]) -> d
     if "act_margin" in config and {"alpha", "beta", "gamma"} & changes.keys():
         merged["alpha"], merged["beta"], merged["gamma"] = merged.pop("act_margin")
         merged |= changes
-    return {key: number_from_scientific_notation(value) for key, value in merged.items()}
+    numbers = {key: number_from_scientific_notation(value) for key, value in merged.items()}
+    return WISEHyperParams.from_dict(numbers).to_dict() if name == WISE else numbers
 
 
 class WiseStream:
@@ -172,7 +173,7 @@ class HostStream:
                 f"{name!r} is no algorithm{nearest(name, (*algorithms, UPSTREAM_WISE))} "
                 f"There are {', '.join(sorted({*algorithms, WISE}))}, and {UPSTREAM_WISE} with a checkout of EasyEdit."
             )
-        self._apply = algorithms[name]
+        self._name, self._apply = name, algorithms[name]
         self._hparams = _host_settings(name, {**config, "device": str(next(model.parameters()).device)})
         self._module = sys.modules[self._apply.__module__]
         # Both are kept by the host for the life of the process; another model or seed must not find them.
@@ -192,13 +193,23 @@ class HostStream:
         for request in requests:
             with quiet(), torch.random.fork_rng(), layers_answer_with_tuples(self.model, self._hparams):
                 torch.set_rng_state(self._random_state)
-                self.model, _ = self._apply(self.model, self._tok, [dict(request)], self._hparams)
+                self.model = self._edited(request)
                 self._random_state = torch.get_rng_state()
             on_edit()
 
     def holders(self) -> list[str] | None:
         """There are no memories."""
         return None
+
+    def _edited(self, request: Request) -> Any:
+        try:
+            model, _ = self._apply(self.model, self._tok, [dict(request)], self._hparams)
+        except Exception as error:  # whatever it is, the user has to know which algorithm and edit
+            raise RuntimeError(
+                f"EasyEdit's {self._name} failed on the edit {request['prompt']!r} -> {request['target_new']!r}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return model
 
     def _fill_covariances(self, texts: Sequence[str] | None, seed: int) -> None:
         """Put E[k k^T] of the unedited model where MEMIT looks first, unless ``stats_dir`` has a file of it."""
@@ -244,6 +255,8 @@ def _prepared(tok: Any, name: str) -> Any:
     prepared = copy.deepcopy(tok)
     prepared.padding_side = "right" if name in ("ROME", "MEMIT") else "left"
     prepared.pad_token = prepared.pad_token or prepared.eos_token
+    # FT compares targets with it, and fails where there is none.
+    prepared.unk_token = prepared.unk_token or prepared.pad_token
     return prepared
 
 

@@ -295,10 +295,15 @@ def shared_tokens(tok: Any, prompt: str, text: str) -> int:
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, so that little of a batch is padding."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for first in range(0, len(order), batch_size):
-        yield order[first : first + batch_size]
+    """Indices in batches of similar length, none more than twice another's, so that little of a batch is padding."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) == batch_size or lengths[index] > 2 * lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def _pad_token(tok: Any) -> int:
