@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from ..checks import nearest, number_from_scientific_notation
 from ..data import neutral_prompts
@@ -184,7 +184,7 @@ class HostStream:
         self.settings = {**config}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self._random_state = torch.get_rng_state()
+            self._random_state = _random_state()
         if hasattr(self._module, "COV_CACHE"):
             self._fill_covariances(stats_texts, seed)
 
@@ -192,9 +192,9 @@ class HostStream:
         """Make these edits on top of the earlier ones."""
         for request in requests:
             with quiet(), torch.random.fork_rng(), layers_answer_with_tuples(self.model, self._hparams):
-                torch.set_rng_state(self._random_state)
+                _set_random_state(self._random_state)
                 self.model = self._edited(request)
-                self._random_state = torch.get_rng_state()
+                self._random_state = _random_state()
             on_edit()
 
     def holders(self) -> list[str] | None:
@@ -228,6 +228,17 @@ class HostStream:
         source = "texts that the model wrote" if texts is None else "the text given"
         self.settings["covariances"] = f"{n} tokens of {source}"
         self._module.__dict__["COV_CACHE"].update({(name, module): moments[module] for module in missing})
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    """Of the global generators, which EasyEdit's algorithms draw from."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])
 
 
 def _host_settings(name: str, config: Mapping[str, Any]) -> Any:
