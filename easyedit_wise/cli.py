@@ -94,7 +94,7 @@ def evaluate(
     stats_text: Annotated[Path | None, typer.Option(help="Text for MEMIT's covariances.")] = None,
     dtype: Annotated[str, typer.Option(help="Of the model's weights.")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    batch_size: Annotated[int, typer.Option(help="Prompts a forward in scoring.", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Prompts a forward in scoring.", min=1)] = 32,
     threads: Annotated[int | None, typer.Option(help="Threads of torch.", min=1)] = None,
 ) -> None:
     """Make edits in a stream with any algorithm and score the final model on all of them."""

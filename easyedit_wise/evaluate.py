@@ -77,7 +77,7 @@ class EvaluateOptions:
     stats_text: Path | None = None
     dtype: str = "float32"
     device: str = "cpu"
-    batch_size: int = 16
+    batch_size: int = 32
     max_new_tokens: int = 12
     threads: int | None = None
 

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_TOKENS_A_BATCH = 2048
+
 
 @dataclass(frozen=True)
 class Query:
@@ -295,10 +297,14 @@ def shared_tokens(tok: Any, prompt: str, text: str) -> int:
 
 
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, none more than twice another's, so that little of a batch is padding."""
+    """Indices in batches of similar length, none more than twice another's, so that little of a batch is padding.
+
+    A batch has at most ``batch_size`` texts, and fewer of long ones: logits of 2048 tokens are memory enough.
+    """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) == batch_size or lengths[index] > 2 * lengths[batch[0]]):
+        full = len(batch) == batch_size or (len(batch) + 1) * lengths[index] > _TOKENS_A_BATCH
+        if batch and (full or lengths[index] > 2 * lengths[batch[0]]):
             yield batch
             batch = []
         batch.append(index)
