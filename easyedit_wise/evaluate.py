@@ -111,6 +111,7 @@ def run_evaluate(options: EvaluateOptions) -> list[dict[str, Any]]:
     if options.threads:
         torch.set_num_threads(options.threads)
     console = Console() if sys.stdout.isatty() else Console(width=120)
+    machine = machine_info()  # now: files may change while a long series runs
     loader = _Models(options)
     configs = {alg: _config(alg, options) for alg in options.algs}
     results = []
@@ -129,7 +130,7 @@ def run_evaluate(options: EvaluateOptions) -> list[dict[str, Any]]:
                     baseline = collect_baseline(
                         loader.fresh(), loader.tok, stream.edits.records, options.max_new_tokens, options.batch_size
                     )
-                results.append(_run(options, loader, alg, stream, seed, settings, baseline))
+                results.append(_run(options, loader, alg, stream, seed, settings, baseline) | {"machine": machine})
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(results[-1], indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
                 console.print(f"Result: {path}", highlight=False)
@@ -202,7 +203,6 @@ def _run(
         "effective_hparams": effective,
         "scored": {"one_prompt_at_a_time": editor.one_by_one, "generation_with_a_cache": editor.use_cache},
         "irrelevant_prompts_from_data": sum("loc_prompt" in request for request in stream.edits.requests),
-        "machine": machine_info(),
         "before": _before(baseline),
         "checkpoints": [one.to_dict(rows=one is checkpoints[-1]) for one in checkpoints],
     }
