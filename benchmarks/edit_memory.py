@@ -21,9 +21,9 @@ import torch
 
 from benchmarks.common import CONSOLE, live_tensor_bytes, peak_memory, print_table, use_prefixes, write_report
 from benchmarks.edit_speed import OURS, PACKAGED, THEIRS, edit_ours, equal_settings
-from benchmarks.upstream import load_upstream, why_not
 from benchmarks.workload import Request, layer_parameter, llama_7b_layers, load_smollm2, numbered_requests, wide_llama
 from easyedit_wise.data import neutral_prompts
+from easyedit_wise.easyedit.upstream import load_upstream, why_not
 from easyedit_wise.hparams import WISEHyperParams
 
 MODELS: dict[str, tuple[Callable[[], tuple[Any, Any]], int]] = {

@@ -17,10 +17,10 @@ from typing import Any
 
 from benchmarks.common import CONSOLE, matmul_rate, now, prefixes_of, print_table, summary, use_prefixes, write_report
 from benchmarks.floor import Iteration, iteration_flops, product_shapes
-from benchmarks.upstream import EditTiming, UpstreamWise, load_upstream, why_not
 from benchmarks.workload import Request, Uncached, layer_parameter, load_facts, load_smollm2
 from easyedit_wise.data import neutral_prompts
 from easyedit_wise.easyedit.apply import stream_of
+from easyedit_wise.easyedit.upstream import EditTiming, UpstreamWise, load_upstream, why_not
 from easyedit_wise.editing.contexts import context_groups
 from easyedit_wise.editing.requests import EditRequest, encode_pair
 from easyedit_wise.evaluation.final import Baseline, FactRecord, FinalScores, collect_baseline, score_model

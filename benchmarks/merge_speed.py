@@ -23,7 +23,7 @@ from peft.utils.merge_utils import ties as peft_ties
 from torch import Tensor
 
 from benchmarks.common import CONSOLE, alternate, print_table, summary, write_report
-from benchmarks.upstream import load_upstream, why_not
+from easyedit_wise.easyedit.upstream import load_upstream, why_not
 from easyedit_wise.merging import merge
 from easyedit_wise.sharding import random_mask
 

@@ -1,4 +1,4 @@
-"""The command line: ``easyedit-wise demo`` and ``easyedit-wise edit``."""
+"""The command line: ``easyedit-wise demo``, ``easyedit-wise edit`` and ``easyedit-wise evaluate``."""
 
 from __future__ import annotations
 
@@ -74,6 +74,55 @@ def edit(
         edited, _ = apply_wise_to_model(base, tok, wanted, settings)
         save_edits(edited, out)
     typer.echo(f"{len(wanted)} edits saved in {out}.")
+
+
+@app.command()
+def evaluate(
+    data: Annotated[list[Path], typer.Option(help="A file in EasyEdit's form; several make one mixed stream.")],
+    edits: Annotated[list[int], typer.Option(help="How many edits: once, or once a file.", min=1)],
+    alg: Annotated[list[str] | None, typer.Option(help="WISE, ROME, FT, MEMIT, upstream-WISE, ...")] = None,
+    model: Annotated[str | None, typer.Option(help="A causal language model; default SmolLM2-135M.")] = None,
+    hparams: Annotated[list[str] | None, typer.Option(help="Settings by name or file, or ALG=settings.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="KEY=VALUE or ALG.KEY=VALUE.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="0: the file's order; others: a random sample each.")] = None,
+    start: Annotated[int, typer.Option(help="The first record, with seed 0.", min=0)] = 0,
+    checkpoints: Annotated[str, typer.Option(help="Score after so many edits: 1,10,100; default powers of 10.")] = "",
+    separately: Annotated[bool, typer.Option(help="Of several files, also each one's edits alone.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("runs/evaluate"),
+    again: Annotated[bool, typer.Option(help="Compute also what has a result.")] = False,
+    unrelated: Annotated[Path | None, typer.Option(help="A file of far prompts, for CounterFact.")] = None,
+    stats_text: Annotated[Path | None, typer.Option(help="Text for MEMIT's covariances.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of the model's weights.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    batch_size: Annotated[int, typer.Option(help="Prompts a forward in scoring.", min=1)] = 32,
+    threads: Annotated[int | None, typer.Option(help="Threads of torch.", min=1)] = None,
+) -> None:
+    """Make edits in a stream with any algorithm and score the final model on all of them."""
+    from .evaluate import EvaluateOptions, run_evaluate
+
+    with _errors_in_one_line():
+        numbers = [int(part) for part in checkpoints.split(",") if part.strip()]
+        options = EvaluateOptions(
+            data=data,
+            edits=edits,
+            algs=tuple(dict.fromkeys(alg or ["WISE"])),
+            out=out,
+            model=model,
+            hparams=tuple(hparams or ()),
+            changes=tuple(set_ or ()),
+            seeds=tuple(dict.fromkeys(seed or [0])),
+            start=start,
+            checkpoints=numbers,
+            separately=separately,
+            again=again,
+            unrelated=unrelated,
+            stats_text=stats_text,
+            dtype=dtype,
+            device=device,
+            batch_size=batch_size,
+            threads=threads,
+        )
+        run_evaluate(options)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,8 @@ def route_prompts(model: Any, tok: Any, records: Sequence[FactRecord]) -> list[R
         asked += [("rephrasing", prompt) for prompt in record.rephrasings]
         if record.nearby is not None:
             asked.append(("nearby", record.nearby.prompt))
-        asked.append(("unrelated", record.unrelated.prompt))
+        if record.unrelated is not None:
+            asked.append(("unrelated", record.unrelated.prompt))
     routed = []
     device = next(model.parameters()).device
     for kind, prompt in asked:
@@ -176,8 +177,13 @@ def _answers_the_same(path: str, adapter: Path, tok: Any, scores: FinalScores, b
 
     fresh = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     load_edits(fresh, adapter)
-    prompts = [p for record in baseline.records for p in (record.prompt, record.unrelated.prompt)]
-    expected = [text for row in scores.rows for text in (row.edit_text, row.unrelated_text)]
+    asked = [(record.prompt, row.edit_text) for record, row in zip(baseline.records, scores.rows, strict=True)]
+    asked += [
+        (record.unrelated.prompt, row.unrelated_text)
+        for record, row in zip(baseline.records, scores.rows, strict=True)
+        if record.unrelated is not None
+    ]
+    prompts, expected = [prompt for prompt, _ in asked], [text for _, text in asked]
     return greedy_answers(fresh, tok, prompts, baseline.max_new_tokens) == expected
 
 

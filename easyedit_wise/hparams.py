@@ -262,21 +262,7 @@ class WISEHyperParams:
             FileNotFoundError: neither a file nor a packaged name; the packaged names are listed.
             ValueError: the file is not a YAML mapping or holds a value that does not fit.
         """
-        name = str(hparams_name_or_path)
-        path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
-        if path.is_file():
-            text = path.read_text(encoding="utf-8")
-        else:
-            packaged = resources.files("easyedit_wise") / "data" / "hparams" / "WISE" / path.name
-            # Another folder's name means that folder: its file being absent must not pass unseen.
-            is_name = path.parent.parts[-2:] in ((), ("hparams", "WISE"))
-            if not is_name or not packaged.is_file():
-                names = packaged_hparams()
-                raise FileNotFoundError(
-                    f"{path} does not exist and no packaged settings are called {path.stem!r}"
-                    f"{nearest(path.stem, names)} Packaged: {', '.join(names)}."
-                )
-            text = packaged.read_text(encoding="utf-8")
+        path, text = find_settings(hparams_name_or_path)
         try:
             config = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -313,7 +299,34 @@ class WISEHyperParams:
         return settings
 
 
-def packaged_hparams() -> list[str]:
-    """Names that :meth:`WISEHyperParams.from_hparams` finds without a path."""
-    folder = resources.files("easyedit_wise") / "data" / "hparams" / "WISE"
+def find_settings(name_or_path: str | Path, alg_name: str = "WISE") -> tuple[Path, str]:
+    """A settings file on disk or, of one algorithm, in the package.
+
+    Returns:
+        (its path, or the one it would have on disk; its text).
+
+    Raises:
+        FileNotFoundError: neither a file nor a packaged name; the packaged names are listed.
+    """
+    name = str(name_or_path)
+    path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    if path.is_file():
+        return path, path.read_text(encoding="utf-8")
+    packaged = resources.files("easyedit_wise") / "data" / "hparams" / alg_name / path.name
+    # Another folder's name means that folder: its file being absent must not pass unseen.
+    is_name = path.parent.parts[-2:] in ((), ("hparams", alg_name))
+    if not is_name or not packaged.is_file():
+        names = packaged_hparams(alg_name)
+        raise FileNotFoundError(
+            f"{path} does not exist and no packaged settings are called {path.stem!r}"
+            f"{nearest(path.stem, names)} Packaged: {', '.join(names)}."
+        )
+    return path, packaged.read_text(encoding="utf-8")
+
+
+def packaged_hparams(alg_name: str = "WISE") -> list[str]:
+    """Names of an algorithm's settings that are found without a path; none for an algorithm without any."""
+    folder = resources.files("easyedit_wise") / "data" / "hparams" / alg_name
+    if not folder.is_dir():
+        return []
     return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import live_tensor_bytes, peak_memory, prefixes_of, use_prefixes
 from benchmarks.floor import Iteration, iteration_flops
-from benchmarks.upstream import load_upstream, why_not
 from benchmarks.workload import load_facts
+from easyedit_wise.easyedit.upstream import load_upstream, why_not
 from easyedit_wise.editing.contexts import context_groups
 
 

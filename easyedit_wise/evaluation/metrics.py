@@ -9,6 +9,7 @@ for a user, and the text is compared.
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 import re
 import unicodedata
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+_TOKENS_A_BATCH = 2048
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,16 @@ class TokenPrediction:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log probability of the answer's tokens; inf when it overflows."""
-        loss = -sum(self.log_probs) / len(self.log_probs)
-        return math.exp(loss) if loss < 700.0 else math.inf
+        return math.exp(self.loss) if self.loss < 700.0 else math.inf
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log probability of the answer's tokens."""
+        return -sum(self.log_probs) / len(self.log_probs)
+
+    def share_below(self, loss: float) -> float:
+        """Share of the answer's tokens whose negative log probability is below ``loss``, in [0, 1]."""
+        return sum(-log_prob < loss for log_prob in self.log_probs) / len(self.log_probs)
 
 
 def teacher_forced(model: Any, tok: Any, queries: Sequence[Query], batch_size: int = 16) -> list[TokenPrediction]:
@@ -66,7 +77,25 @@ def teacher_forced(model: Any, tok: Any, queries: Sequence[Query], batch_size: i
         ValueError: no queries, an empty prompt or answer, or an answer without a token of its own.
     """
     _require("queries", queries, batch_size)
-    encoded = [_encode_query(tok, query) for query in queries]
+    return _predict(model, tok, [_encode_query(tok, query) for query in queries], batch_size)
+
+
+def predict_texts(model: Any, tok: Any, texts: Sequence[str], batch_size: int = 16) -> list[TokenPrediction]:
+    """Let the model predict every token of each text but the first from what stands before it.
+
+    Raises:
+        ValueError: no texts, or one of fewer than two tokens.
+    """
+    _require("texts", texts, batch_size)
+    encoded = [(_encode(tok, text), 1) for text in texts]
+    for text, (ids, _) in zip(texts, encoded, strict=True):
+        if len(ids) < 2:
+            raise ValueError(f"The text {text!r} has fewer than two tokens: there is nothing to predict.")
+    return _predict(model, tok, encoded, batch_size)
+
+
+def _predict(model: Any, tok: Any, encoded: Sequence[tuple[list[int], int]], batch_size: int) -> list[TokenPrediction]:
+    """Predictions of each row's tokens from its start on; a row is (token ids, start)."""
     accepted = _forward_parameters(model)
     predictions: dict[int, TokenPrediction] = {}
     with _asking(model):
@@ -261,11 +290,26 @@ def _encode_query(tok: Any, query: Query) -> tuple[list[int], int]:
     return joint, start
 
 
+def shared_tokens(tok: Any, prompt: str, text: str) -> int:
+    """How many tokens a text begins with that are the prompt's own first ones."""
+    pairs = zip(_encode(tok, prompt), _encode(tok, text), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
 def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length, so that little of a batch is padding."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    for first in range(0, len(order), batch_size):
-        yield order[first : first + batch_size]
+    """Indices in batches of similar length, none more than twice another's, so that little of a batch is padding.
+
+    A batch has at most ``batch_size`` texts, and fewer of long ones: logits of 2048 tokens are memory enough.
+    """
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        full = len(batch) == batch_size or (len(batch) + 1) * lengths[index] > _TOKENS_A_BATCH
+        if batch and (full or lengths[index] > 2 * lengths[batch[0]]):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
 
 
 def _pad_token(tok: Any) -> int:

@@ -24,9 +24,18 @@ SCORE_LABELS: Mapping[str, str] = {
     "unrelated_same": "Unrelated answers unchanged (greedy)",
     "nearby_same": "Nearby answers unchanged (greedy)",
     "perplexity": "Perplexity of the targets",
+    "edit_contains": "Edits contained in the answer (greedy)",
+    "rephrasing_contains": "Rephrasings contained in the answer (greedy)",
+    "edit_f1": "F1 of the edits' words (greedy)",
+    "rephrasing_f1": "F1 of the rephrasings' words (greedy)",
+    "perplexity_clipped": "Perplexity, each cut to 100",
+    "perplexity_median": "Perplexity, median",
+    "target_known": "Target tokens with a loss below -log 0.8",
+    "ood_items": "OOD texts with a loss below -log 0.8",
+    "ood_tokens": "OOD texts' tokens with a loss below -log 0.8",
 }
 # The one score of which less is better.
-_SMALLER_IS_BETTER = frozenset({"perplexity"})
+_SMALLER_IS_BETTER = frozenset({"perplexity", "perplexity_clipped", "perplexity_median"})
 
 
 @dataclass(frozen=True)
@@ -66,7 +75,8 @@ def answer_rows(baseline: Baseline, scores: FinalScores) -> list[AnswerRow]:
         ]
         if record.nearby is not None and before.nearby_text is not None and after.nearby_text is not None:
             asked.append((NEARBY, record.nearby.prompt, before.nearby_text, after.nearby_text))
-        asked.append((UNRELATED, record.unrelated.prompt, before.unrelated_text, after.unrelated_text))
+        if record.unrelated is not None:
+            asked.append((UNRELATED, record.unrelated.prompt, before.unrelated_text, after.unrelated_text))
         for kind, prompt, old, new in asked:
             if kind in (EDIT, REPHRASING):
                 correct = exact_at_start(new, record.target)

@@ -1,4 +1,4 @@
-"""EasyEdit's own WISE, from a checkout of its GitHub HEAD, in the process of the benchmark.
+"""EasyEdit's own WISE, from a checkout of its GitHub HEAD, in this process, to compare with.
 
 ``easyeditor/__init__.py`` imports every method that EasyEdit has, and with them packages that text editing
 does not need. WISE itself needs four files. So the checkout is mounted under a private name,
@@ -18,6 +18,7 @@ import io
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import ModuleSpec
@@ -28,8 +29,6 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-
-from benchmarks.common import now
 
 HOME = "EASYEDIT_HOME"
 PACKAGE = "easyedit_head"
@@ -81,15 +80,15 @@ class UpstreamWise:
         self.home = home
         self.commit = _commit(home)
         self._mount(home / "easyeditor")
-        self._wise = importlib.import_module(f"{PACKAGE}.models.wise.WISE")
-        self._main = importlib.import_module(f"{PACKAGE}.models.wise.wise_main")
-        self._utils = importlib.import_module(f"{PACKAGE}.models.wise.utils")
+        self._wise: Any = importlib.import_module(f"{PACKAGE}.models.wise.WISE")
+        self._main: Any = importlib.import_module(f"{PACKAGE}.models.wise.wise_main")
+        self._utils: Any = importlib.import_module(f"{PACKAGE}.models.wise.utils")
         self._hparams_class = importlib.import_module(f"{PACKAGE}.models.wise.wise_hparams").WISEHyperParams
         self.merging: ModuleType = importlib.import_module(f"{PACKAGE}.models.wise.merge")
         self.timings: list[EditTiming] = []
         self._model: nn.Module | None = None
         self._hparams: Any = None
-        self._before: tuple[str, nn.Module, nn.Parameter, list[nn.Parameter]] | None = None
+        self._before: tuple[str, nn.Module, Any, list[nn.Parameter]] | None = None
         self._mark_iterations()
 
     # -- settings and contexts ----------------------------------------------------------------
@@ -199,6 +198,13 @@ class UpstreamWise:
             return loss(instance, *args, **kwargs)
 
         editor._cal_ft_loss = marked
+
+
+def now() -> float:
+    """A time stamp after everything that was asked of the accelerator, if there is one, is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _commit(home: Path) -> str | None:
