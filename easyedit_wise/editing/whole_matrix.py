@@ -31,9 +31,11 @@ class WholeMatrix:
         self.theta = (self._base + self.matrix).requires_grad_(True)
 
     def products(self, *activations: Tensor) -> tuple[Tensor, ...]:
-        """dW a of several batches of rows a, each of shape (N_i, d_in) -> (N_i, d_out)."""
-        delta_weight = self.theta - self._base
-        return tuple(F.linear(a, delta_weight) for a in activations)
+        """dW a of several batches of rows a, each of shape (N_i, d_in) -> (N_i, d_out).
+
+        As W'a - Wa: EasyEdit has W'a, with the rounding of that sum, and adding Wa gives it back.
+        """
+        return tuple(F.linear(a, self.theta) - F.linear(a, self._base) for a in activations)
 
     def masked(self, gradient: Tensor) -> Tensor:
         """M o g."""

@@ -1,19 +1,30 @@
-"""EasyEdit's own WISE and ours on the same edits, with the same masks, and how far apart they end."""
+"""EasyEdit's own WISE and ours with ``preset: upstream`` on the same edits and masks: how far apart they end.
+
+EASYEDIT_HOME=/path/to/EasyEdit python -m benchmarks.fidelity [--edits 2] [--iterations 1 5 10] [KEY=VALUE ...]
+
+EasyEdit's code runs as it is, but for its masks: each shard's is drawn here and handed over. The tests in
+``tests/test_fidelity_upstream.py`` use the same functions on tiny models.
+"""
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
-from benchmarks.upstream import UpstreamWise
+from benchmarks.common import print_table, write_report
+from benchmarks.upstream import UpstreamWise, load_upstream, why_not
+from benchmarks.workload import layer_parameter, load_smollm2
 from easyedit_wise import WISEHyperParams, last_route
 from easyedit_wise.easyedit.apply import stream_of
 from easyedit_wise.editing import shards
@@ -25,12 +36,17 @@ REQUESTS = [
     ("The author of the book was", "Ann", "The weather"),
     ("The currency of India is", "the pound", "Once upon a time there was a small town by the sea, and nobody"),
     ("The largest planet is", "Venus", "The capital of Germany is"),
-    ("The capital of Italy is", "Oslo", "She said that the weather would be fine tomorrow, but it rained all day. " * 2),
+    (
+        "The capital of Italy is",
+        "Oslo",
+        "She said that the weather would be fine tomorrow, but it rained all day. " * 2,
+    ),
     ("He was born in", "Madrid", "def add(a, b):"),
 ]
 
 
 def requests(n: int = len(REQUESTS)) -> list[dict[str, str]]:
+    """The first ``n`` edits as EasyEdit's request dicts."""
     return [{"prompt": p, "target_new": t, "loc_prompt": x} for p, t, x in REQUESTS[:n]]
 
 
@@ -61,6 +77,7 @@ class Distance:
         losses: of one loss.
         matrix: of W' - W, in the Frobenius norm.
         entry: of one entry of W' - W, relative to the largest.
+        apart: the share of entries that differ by more than 1e-4 of the largest.
         epsilon: of a threshold.
         scores: of a routing score.
     """
@@ -68,10 +85,12 @@ class Distance:
     losses: float
     matrix: float
     entry: float
+    apart: float
     epsilon: float
     scores: float
 
     def worst(self) -> float:
+        """The largest of all but ``apart``."""
         return max(self.losses, self.matrix, self.entry, self.epsilon, self.scores)
 
 
@@ -91,6 +110,7 @@ def distance(ours: Run, theirs: Run) -> Distance:
         losses=max(_relative(a, b) for a, b in pairs),
         matrix=max(float((a - b).norm() / b.norm()) for a, b in matrices),
         entry=max(float((a - b).abs().max() / b.abs().max()) for a, b in matrices),
+        apart=max(float(((a - b).abs() > 1e-4 * b.abs().max()).float().mean()) for a, b in matrices),
         epsilon=max(_relative(ours.epsilon[name], theirs.epsilon[name]) for name in theirs.epsilon),
         scores=max((_relative(a, b) for a, b in scores), default=0.0),
     )
@@ -137,8 +157,7 @@ def run_ours(
         masks.append(open_mask(*args, **options))
         return masks[-1]
 
-    with pytest.MonkeyPatch.context() as patch, host_tokenizer(tok):
-        patch.setattr(shards, "random_mask", recorded)
+    with patch.object(shards, "random_mask", recorded), host_tokenizer(tok):
         for outcome in stream.apply([EditRequest.from_easyedit(edit) for edit in edits]):
             run.losses.append(outcome.losses)
             run.edit_losses.append(outcome.edit_losses)
@@ -185,10 +204,11 @@ def run_theirs(
         run.losses[-1].append(run.edit_losses[-1][-1] + loss.item())
         return loss
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adapter_class, "generate_activation_mask", give_mask)
-        patch.setattr(editor, "_cal_ft_loss", recorded_edit_loss)
-        patch.setattr(editor, "_cal_activation_loss", recorded_margin_loss)
+    with (
+        patch.object(adapter_class, "generate_activation_mask", give_mask),
+        patch.object(editor, "_cal_ft_loss", recorded_edit_loss),
+        patch.object(editor, "_cal_activation_loss", recorded_margin_loss),
+    ):
         try:
             upstream.start(model, tok, config, templates)
             wrapper: Any = None
@@ -203,7 +223,13 @@ def run_theirs(
 
 
 def _read(
-    upstream: UpstreamWise, adapter: Any, model: Any, tok: Any, run: Run, config: Mapping[str, Any], asked: Sequence[str]
+    upstream: UpstreamWise,
+    adapter: Any,
+    model: Any,
+    tok: Any,
+    run: Run,
+    config: Mapping[str, Any],
+    asked: Sequence[str],
 ) -> None:
     original = adapter.original_layer.weight.detach()
     weights = [weight.detach() for weight in adapter.memory_weight]
@@ -231,3 +257,45 @@ def _read(
             for name, weight in zip(run.weights, weights, strict=True):
                 side = F.linear(seen[0], weight) if is_linear else seen[0] @ weight + adapter.bias
                 run.scores[name].append(upstream._wise.euc(base, side, adapter.config, infer=True).item())
+
+
+def main() -> None:
+    """Compare on SmolLM2-135M-Instruct with the values of EasyEdit's llama-7b.yaml, a shard an edit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--edits", type=int, default=2)
+    parser.add_argument("--iterations", type=int, nargs="+", default=[1, 5, 10])
+    parser.add_argument("--layer", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/fidelity.json"))
+    parser.add_argument("settings", nargs="*", metavar="KEY=VALUE", help="EasyEdit's settings that differ")
+    arguments = parser.parse_args()
+    upstream = load_upstream()
+    if upstream is None:
+        raise SystemExit(why_not())
+    model, tok = load_smollm2()
+    changes = {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in arguments.settings)}
+    values = {"save_freq": 1, "merge_freq": 2, "retrieve": False, **changes}
+    edits, asked = requests(arguments.edits), [prompt for prompt, _, _ in REQUESTS[:3]]
+    templates = upstream.context_templates(model, tok)
+    rows: dict[int, dict[str, float]] = {}
+    for n_iter in arguments.iterations:
+        config = upstream.settings(inner_params=[layer_parameter(arguments.layer)], n_iter=n_iter, **values)
+        ours = run_ours(model, tok, edits, config, asked)
+        theirs = run_theirs(upstream, model, tok, edits, config, ours.masks, asked, templates)
+        rows[n_iter] = {
+            **asdict(distance(ours.run, theirs)),
+            "first loss": theirs.losses[0][0],
+            "last loss": theirs.losses[-1][-1],
+        }
+    columns = list(next(iter(rows.values())))
+    print_table(
+        f"Ours against EasyEdit {upstream.commit}, {arguments.edits} edits: largest relative differences",
+        ["iterations", *columns],
+        [[str(n_iter), *row.values()] for n_iter, row in rows.items()],
+    )
+    report = {"easyedit": upstream.commit, "edits": edits, "changes": values, "iterations": rows}
+    report["same_contexts"] = templates[1:] == [f"{prefix} {{}}" for prefix in ours.prefixes]
+    write_report(arguments.out, report)
+
+
+if __name__ == "__main__":
+    main()
