@@ -184,8 +184,14 @@ def run_theirs(
     masks: Sequence[Tensor],
     asked: Sequence[str] = (),
     templates: Sequence[str] | None = None,
+    nudge: float = 0.0,
 ) -> Run:
-    """EasyEdit's own code, in which each shard gets the mask that ours had."""
+    """EasyEdit's own code, in which each shard gets the mask that ours had.
+
+    Args:
+        nudge: every loss is multiplied by 1 + nudge before its gradient is taken. With the size of a rounding error it
+            shows how far EasyEdit's code ends from itself after one.
+    """
     model, run, given = copy.deepcopy(model), Run(), iter(masks)
     editor, adapter_class = upstream._wise.WISE, upstream._wise.WISEAdapter
     edit_loss, margin_loss = editor._cal_ft_loss, editor._cal_activation_loss
@@ -197,12 +203,12 @@ def run_theirs(
     def recorded_edit_loss(instance: Any, *args: Any, **options: Any) -> Tensor:
         loss = edit_loss(instance, *args, **options)
         run.edit_losses[-1].append(loss.item())
-        return loss
+        return loss * (1 + nudge)
 
     def recorded_margin_loss(instance: Any, *args: Any, **options: Any) -> Tensor:
         loss = margin_loss(instance, *args, **options)
         run.losses[-1].append(run.edit_losses[-1][-1] + loss.item())
-        return loss
+        return loss * (1 + nudge)
 
     with (
         patch.object(adapter_class, "generate_activation_mask", give_mask),
@@ -281,10 +287,13 @@ def main() -> None:
         config = upstream.settings(inner_params=[layer_parameter(arguments.layer)], n_iter=n_iter, **values)
         ours = run_ours(model, tok, edits, config, asked)
         theirs = run_theirs(upstream, model, tok, edits, config, ours.masks, asked, templates)
+        nudged = run_theirs(upstream, model, tok, edits, config, ours.masks, asked, templates, nudge=2.0**-23)
+        itself = distance(nudged, theirs)
         rows[n_iter] = {
             **asdict(distance(ours.run, theirs)),
-            "first loss": theirs.losses[0][0],
-            "last loss": theirs.losses[-1][-1],
+            "itself: losses": itself.losses,
+            "itself: matrix": itself.matrix,
+            "itself: entry": itself.entry,
         }
     columns = list(next(iter(rows.values())))
     print_table(
