@@ -150,7 +150,9 @@ def test_the_real_model(upstream: UpstreamWise) -> None:
     except FileNotFoundError as error:
         pytest.skip(str(error))
     # Two edits in one shard. With the published step of 1.0 EasyEdit's code parts from itself after a rounding error.
-    config = upstream.settings(inner_params=[layer_parameter(20)], n_iter=5, edit_lr=0.1, save_freq=2, merge_freq=4, retrieve=False)
+    config = upstream.settings(
+        inner_params=[layer_parameter(20)], n_iter=5, edit_lr=0.1, save_freq=2, merge_freq=4, retrieve=False
+    )
     ours = run_ours(model, real_tok, requests(2), config, ASKED[:1])
     theirs = run_theirs(upstream, model, real_tok, requests(2), config, ours.masks, ASKED[:1])
     assert distance(ours.run, theirs).worst() < 1e-4
