@@ -66,7 +66,7 @@ def equal_settings(layer: int, n_iter: int) -> tuple[dict[str, Any], WISEHyperPa
     }
     variants = {"score_activation": "silu", "margin_over_violated": True, "weight_decay": 1e-5}
     only_its_own = {"irrelevant_prompts": 0, "n_contexts": 10, "early_stop_loss": 0.0}
-    return theirs, WISEHyperParams.from_dict({**theirs, **variants, **only_its_own})
+    return theirs, WISEHyperParams.from_dict({"preset": "paper", **theirs, **variants, **only_its_own})
 
 
 def compare_iterations(

@@ -19,6 +19,7 @@ from easyedit_wise.easyedit.apply import stream_of
 from easyedit_wise.editing.requests import EditRequest
 from easyedit_wise.evaluation.final import collect_baseline, score_model
 from easyedit_wise.hparams import WISEHyperParams
+from easyedit_wise.presets import NOT_OF_THE_METHOD
 
 _SCORES = (
     "reliability",
@@ -64,7 +65,10 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     changes = {key: yaml.safe_load(value) for key, _, value in (one.partition("=") for one in arguments.settings)}
-    hparams = WISEHyperParams.from_dict({**WISEHyperParams.from_hparams(arguments.hparams).to_dict(), **changes})
+    base = WISEHyperParams.from_hparams(arguments.hparams).to_dict()
+    if "preset" in changes:  # it says all of the method: only what is edited comes from --hparams
+        base = {key: value for key, value in base.items() if key in NOT_OF_THE_METHOD}
+    hparams = WISEHyperParams.from_dict({**base, **changes})
     if arguments.model:
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
         tok = AutoTokenizer.from_pretrained(arguments.model)

@@ -68,3 +68,9 @@ def check_inner_params(inner_params: Any) -> None:
             f"inner_params names {inner_params[0]!r}: it must be the value matrix's name, "
             "for instance model.layers[27].mlp.down_proj.weight."
         )
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is true or false; the text "False" would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}: it must be true or false, without quotes.")

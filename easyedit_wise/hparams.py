@@ -1,20 +1,16 @@
 """WISEHyperParams: EasyEdit's dataclass and YAML format for WISE, validated.
 
-EasyEdit's own WISE files load unmodified. Keys that only this package knows have
-defaults, so a file may hold either set.
+EasyEdit's own WISE files load unmodified and keep their meaning (``presets``).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from .checks import (
     check_choice,
@@ -22,11 +18,15 @@ from .checks import (
     check_inner_params,
     check_positive_int,
     check_share,
+    check_switch,
     is_number,
     nearest,
     number_from_scientific_notation,
 )
+from .easyedit_arithmetic import SCORE_ACTIVATION_OF_THE_MODEL, EasyEditArithmetic, activation_of
+from .hparams_files import packaged_hparams, read_settings
 from .merging import MERGE_METHODS
+from .presets import implied_preset, preset_values
 from .routing import POOLINGS
 
 OBJECTIVES = ("only_label", "prompt_and_label")
@@ -34,7 +34,6 @@ OPTIMIZERS = ("sgd", "adam", "lion")
 _SWITCHES = (
     "retrieve",
     "replay",
-    "margin_over_violated",
     "subject_routing",
     "use_chat_template",
     "layer_units",
@@ -44,10 +43,11 @@ _SWITCHES = (
 
 
 @dataclass
-class WISEHyperParams:
+class WISEHyperParams(EasyEditArithmetic):
     """Settings of WISE. Names follow EasyEdit's YAML keys; the paper's symbols are given in brackets.
 
-    Where the paper and EasyEdit's code differ, the default is the paper's and the field says so.
+    The defaults below are this package's own, the one place where they are written: they hold for any model, since
+    steps and margins count in the layer's own units. :meth:`from_preset` gives the paper's or EasyEdit's instead.
 
     Raises:
         ValueError: a value is outside its range; the message names the value, the limit and the cure.
@@ -62,22 +62,22 @@ class WISEHyperParams:
     """Read by EasyEdit only; here the device is where the edited layer's weight lies."""
 
     # Training of one edit
-    edit_lr: float = 1.0
-    n_iter: int = 70
-    optimizer: str = "sgd"
+    edit_lr: float = 0.45
+    """eta; of "lion" in ``layer_units``, unless said otherwise. The paper's 1.0 is of "sgd"."""
+    n_iter: int = 12
+    optimizer: str = "lion"
     """"sgd" (the paper's), or "adam" or "lion", whose steps do not depend on the size of the loss."""
-    lr_end: float = 1.0
+    lr_end: float = 0.1
     """The last iteration's step as a share of the first one's, linear in between; 1 keeps it constant."""
-    layer_units: bool = False
+    layer_units: bool = True
     """True: alpha, beta, gamma count in 1/64 of the mean norm of the layer's own output, and edit_lr is the share of
     its own size by which one step of every masked entry could change it. Then one set of values fits any model."""
     weight_decay: float = 0.0
-    """Decay of dW inside the mask. EasyEdit decays the whole matrix by 1e-5, outside the mask too; the paper
-    has none."""
+    """Decay of dW inside the mask; the paper has none, EasyEdit 1e-5 (see ``decay_whole_matrix``)."""
     norm_constraint: float | None = 1.0
     """Elementwise limit on |dW|; None switches it off."""
     objective_optimization: str = "only_label"
-    first_token_weight: float = 1.0
+    first_token_weight: float = 2.0
     """Weight of the first target token in L_edit; it decides whether generation starts to say the fact."""
     early_stop_loss: float = 0.02
     early_stop_change: float = 1e-4
@@ -87,42 +87,38 @@ class WISEHyperParams:
     beta: float = 20.0
     gamma: float = 10.0
     act_ratio: float | None = None
-    """None: epsilon is calibrated from the edits' and irrelevant prompts' own scores. A number:
-    epsilon = act_ratio * min over the edits (1.0 is the paper's rule, EasyEdit's files tune it per model)."""
+    """None: epsilon is calibrated from the edits' and irrelevant prompts' own scores. A number: epsilon =
+    act_ratio * min over the edits (1.0 is the paper's rule, EasyEdit's files tune it per model)."""
     epsilon_position: float = 0.5
     """Where in the gap between irrelevant prompts (0) and edits (1) a calibrated epsilon lies."""
     pooling: str = "mean"
     subject_routing: bool = False
     """True: where a request names its subject, its tokens shall activate the memory and the prompt's other
     tokens shall not. Goes with ``pooling: max``."""
-    score_activation: str | None = None
-    """None: Eq. 3. A name such as "silu": EasyEdit's variant, which applies it to both outputs first."""
-    margin_over_violated: bool = False
-    """True: EasyEdit's variant of Eq. 5, averaged over violated samples only."""
 
     # Sharding and merging
     mask_ratio: float = 0.2
     """rho"""
-    save_freq: int | None = 500
-    """Edits a shard; merge_freq / save_freq is k."""
-    merge_freq: int = 1000
+    save_freq: int | None = 7
+    """Edits a shard; merge_freq / save_freq is k. The paper's are 500 and 1000."""
+    merge_freq: int = 14
     merge_alg: str = "ties"
     densities: float | None = 0.53
     weights: float | None = 1.0
     """lambda: each of the k shards weighs weights / k (cancels in operators that take a mean)."""
     retrieve: bool = False
     """False: WISE-Merge, one side memory. True: WISE-Retrieve, a new side memory at every merge."""
-    irrelevant_prompts: int = 0
+    irrelevant_prompts: int = 40
     """Packaged neutral prompts that join the request's own x_i in Eq. 5; a request without one gets at least one."""
     replay: bool = False
     """Appendix B.3: keep the memory in training quiet on edits that other memories hold."""
-    rehearsal: float = 0.0
+    rehearsal: float = 0.1
     """Weight c of the rehearsal loss on the shard's earlier edits; 0 switches it off (the paper has none)."""
 
     # Prefix augmentation
     n_contexts: int = 10
     context_length: int = 10
-    contexts_per_step: int | None = None
+    contexts_per_step: int | None = 4
     """Contexts of one iteration, the plain prompt among them; the iterations take turns. None: all of them."""
     use_chat_template: bool = False
 
@@ -200,10 +196,6 @@ class WISEHyperParams:
         check_share("lr_end", self.lr_end, "the last step as a share of the first one; 1 keeps edit_lr constant")
         if not is_number(self.epsilon_position) or not 0.0 <= self.epsilon_position <= 1.0:
             raise ValueError(f"epsilon_position is {self.epsilon_position!r}, outside [0, 1].")
-        if self.score_activation is not None:
-            from transformers.activations import ACT2FN
-
-            check_choice("score_activation", self.score_activation, tuple(ACT2FN))
         for name in ("n_contexts", "irrelevant_prompts"):
             check_count(name, getattr(self, name))
         if self.contexts_per_step is not None:
@@ -213,22 +205,54 @@ class WISEHyperParams:
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed is {self.seed!r}: it must be a whole number.")
         for name in _SWITCHES:
-            value = getattr(self, name)
-            if not isinstance(value, bool):  # the text "False" would count as true
-                raise ValueError(f"{name} is {value!r}: it must be true or false, without quotes.")
+            check_switch(name, getattr(self, name))
         for name in ("save_path", "load_path"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} is {value!r}: it must be a path as text, or null.")
+        self.validate_arithmetic()
+        self._validate_together()
+
+    def _validate_together(self) -> None:
+        """EasyEdit's arithmetic exists for some settings only."""
+        if self.padding_counts and (self.batch_size != 1 or self.contexts_per_step is not None):
+            raise ValueError(
+                f"padding_counts goes with batch_size 1 and contexts_per_step null, not with {self.batch_size} and "
+                f"{self.contexts_per_step}: EasyEdit trains one edit in one batch of all its contexts."
+            )
+        if self.decay_whole_matrix and self.optimizer != "sgd":
+            raise ValueError(
+                f"decay_whole_matrix goes with optimizer 'sgd', not with {self.optimizer!r}: it is EasyEdit's decay."
+            )
+        if self.epsilon_as_trained and self.act_ratio is None:
+            raise ValueError("epsilon_as_trained needs an act_ratio: EasyEdit's files have 0.88, the paper 1.0.")
+
+    @classmethod
+    def from_preset(cls, preset: str, inner_params: Sequence[str], **changes: Any) -> WISEHyperParams:
+        """The settings of a preset: "default", "paper", or "upstream" (EasyEdit's code).
+
+        Args:
+            preset: its name.
+            inner_params: the value matrix to edit.
+            **changes: settings that override the preset's, EasyEdit's ``act_margin`` among them.
+
+        Raises:
+            ValueError: an unknown preset or setting, or a value out of range.
+        """
+        return cls.from_dict({**changes, "preset": preset, "inner_params": inner_params})
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> WISEHyperParams:
         """From the mapping of a YAML file, with EasyEdit's ``act_margin: [alpha, beta, gamma]``.
 
+        What it does not name is the preset's that the key ``preset`` names. Without that key, a mapping in EasyEdit's
+        terms (``edit_lr``, but neither ``optimizer`` nor ``layer_units``) gets the paper's, any other the defaults.
+
         Raises:
             ValueError: an unknown key (the nearest known one is named), or a value out of range.
         """
         values = {key: number_from_scientific_notation(value) for key, value in config.items()}
+        preset = preset_values(values.pop("preset") if "preset" in values else implied_preset(values))
         if "act_margin" in values:
             margin = values.pop("act_margin")
             if not isinstance(margin, (list, tuple)) or len(margin) != 3 or not all(map(is_number, margin)):
@@ -241,35 +265,25 @@ class WISEHyperParams:
         unknown = [key for key in values if key not in known]
         if unknown:
             raise ValueError(
-                f"unknown WISE setting {unknown[0]!r}{nearest(str(unknown[0]), (*known, 'act_margin'))} "
-                f"Known settings: {', '.join(sorted(known | {'act_margin'}))}."
+                f"unknown WISE setting {unknown[0]!r}{nearest(str(unknown[0]), (*known, 'act_margin', 'preset'))} "
+                f"Known settings: {', '.join(sorted(known | {'act_margin', 'preset'}))}."
             )
         if "inner_params" not in values:
             raise ValueError(
                 "inner_params is missing: name the value matrix to edit, "
                 "for instance inner_params: [model.layers[27].mlp.down_proj.weight]."
             )
-        return cls(**values)
+        return cls(**{**preset, **values})
 
     @classmethod
     def from_hparams(cls, hparams_name_or_path: str | Path) -> WISEHyperParams:
         """From a YAML file, or from the name of a packaged one such as ``"llama-7b"``.
 
-        The ending ``.yaml`` may be left out, as in EasyEdit. A file on disk goes before a packaged one,
-        and EasyEdit's own ``hparams/WISE/llama-7b`` names the packaged one where no such folder is.
-
         Raises:
             FileNotFoundError: neither a file nor a packaged name; the packaged names are listed.
             ValueError: the file is not a YAML mapping or holds a value that does not fit.
         """
-        path, text = find_settings(hparams_name_or_path)
-        try:
-            config = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{path} does not hold settings: expected 'key: value' lines.")
-        return cls.from_dict(config)
+        return cls.from_dict(read_settings(hparams_name_or_path))
 
     @classmethod
     def from_any(cls, hparams: Any) -> WISEHyperParams:
@@ -291,6 +305,16 @@ class WISEHyperParams:
         # Another host's object may carry fields of its own (generation settings, API keys): they are not ours.
         return cls.from_dict({key: value for key, value in vars(hparams).items() if key in known})
 
+    def for_model(self, model: Any) -> WISEHyperParams:
+        """The same settings with ``score_activation: model`` resolved; themselves where it is anything else.
+
+        Raises:
+            ValueError: the model's configuration names no activation function.
+        """
+        if self.score_activation != SCORE_ACTIVATION_OF_THE_MODEL:
+            return self
+        return dataclasses.replace(self, score_activation=activation_of(model))
+
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values, for a JSON file beside results."""
         settings = dataclasses.asdict(self)
@@ -299,34 +323,4 @@ class WISEHyperParams:
         return settings
 
 
-def find_settings(name_or_path: str | Path, alg_name: str = "WISE") -> tuple[Path, str]:
-    """A settings file on disk or, of one algorithm, in the package.
-
-    Returns:
-        (its path, or the one it would have on disk; its text).
-
-    Raises:
-        FileNotFoundError: neither a file nor a packaged name; the packaged names are listed.
-    """
-    name = str(name_or_path)
-    path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
-    if path.is_file():
-        return path, path.read_text(encoding="utf-8")
-    packaged = resources.files("easyedit_wise") / "data" / "hparams" / alg_name / path.name
-    # Another folder's name means that folder: its file being absent must not pass unseen.
-    is_name = path.parent.parts[-2:] in ((), ("hparams", alg_name))
-    if not is_name or not packaged.is_file():
-        names = packaged_hparams(alg_name)
-        raise FileNotFoundError(
-            f"{path} does not exist and no packaged settings are called {path.stem!r}"
-            f"{nearest(path.stem, names)} Packaged: {', '.join(names)}."
-        )
-    return path, packaged.read_text(encoding="utf-8")
-
-
-def packaged_hparams(alg_name: str = "WISE") -> list[str]:
-    """Names of an algorithm's settings that are found without a path; none for an algorithm without any."""
-    folder = resources.files("easyedit_wise") / "data" / "hparams" / alg_name
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+__all__ = ["WISEHyperParams", "packaged_hparams"]

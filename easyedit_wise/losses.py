@@ -16,6 +16,7 @@ def edit_loss(
     is_first: Tensor,
     first_token_weight: float = 1.0,
     n_sequences: int | None = None,
+    n_silent: int = 0,
 ) -> Tensor:
     """-log P_{W_v'}(y_e | x_e): mean over each sequence's target tokens, then over the sequences.
 
@@ -28,6 +29,8 @@ def edit_loss(
         first_token_weight: weight of the first target token relative to the others. It decides
             whether generation starts to say the new fact; 1.0 is the paper's plain mean.
         n_sequences: B, where it is known: reading it off ``sequence_ids`` makes the host wait for the device.
+        n_silent: positions of loss 0 that count in each sequence's mean, too. EasyEdit's code has one, the last token
+            before the target, so a target of one token has half its loss.
 
     Returns:
         A scalar.
@@ -39,7 +42,7 @@ def edit_loss(
     total = token_loss.new_zeros(n_sequences).index_add(0, sequence_ids, token_loss * weight)
     norm = token_loss.new_zeros(n_sequences).index_add(0, sequence_ids, weight)
     counted = norm > 0  # a context whose target left no position to predict it from says nothing
-    return (total / norm.where(counted, 1.0)).sum() / counted.sum()
+    return (total / (norm + n_silent).where(counted, 1.0)).sum() / counted.sum()
 
 
 def routing_margin_loss(

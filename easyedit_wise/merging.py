@@ -61,6 +61,19 @@ def ties(deltas: Deltas, weights: Weights, density: float, generator: Generator)
     return _blockwise(deltas, weights, _trimming(deltas, density), elect=True, mean=True)
 
 
+def ties_weighted(deltas: Deltas, weights: Weights, density: float, generator: Generator) -> Tensor:
+    """TIES as EasyEdit's code has it: s = sgn(sum_i w_i t_i), and of equal magnitudes at the cut some go.
+
+    So exactly int(density * numel) entries of each shard are kept, those that ``torch.topk`` picks. The rest, and
+    what is raised, as :func:`ties`.
+    """
+    shards = [delta * _largest(delta, density) for delta in deltas]
+    total = _weighted_sum([_accumulator(shard) for shard in shards], weights)
+    elected = torch.ones_like(total).copysign_(total).view(deltas[0].shape)
+    agreeing = [shard * (shard * elected > 0) for shard in shards]
+    return _blockwise(agreeing, weights, _trimming(agreeing, 1.0), elect=False, mean=True)
+
+
 def magnitude(deltas: Deltas, weights: Weights, density: float, generator: Generator) -> Tensor:
     """Trim as TIES does, then sum: m = sum_i w_i t_i (magnitude pruning, arXiv 1506.02626).
 
@@ -149,6 +162,9 @@ _SHOEMAKE = "https://doi.org/10.1145/325334.325242"
 MERGE_METHODS: Mapping[str, MergeMethod] = MappingProxyType(
     {
         "ties": MergeMethod("ties", ties, _ARXIV + "2306.01708", "trim, elect sign, mean of what agrees"),
+        "ties_weighted": MergeMethod(
+            "ties_weighted", ties_weighted, "https://github.com/zjunlp/EasyEdit", "TIES, sign elected on weighted sums"
+        ),
         "magnitude": MergeMethod("magnitude", magnitude, _ARXIV + "1506.02626", "trim, sum"),
         "magnitude_norm": MergeMethod("magnitude_norm", magnitude_norm, _ARXIV + "1506.02626", "trim, mean"),
         "sign": MergeMethod("sign", sign, _ARXIV + "2306.01708", "elect sign, mean of what agrees"),
@@ -170,7 +186,7 @@ def merge(
     """Merge shard deltas tau_i = W^i - W_v by a method of :data:`MERGE_METHODS`.
 
     EasyEdit's ``weights: 1.0`` is the scale lambda, that is lambda / k for each shard; pass
-    ``[lambda / k] * k`` here. The scale cancels in ties, sign, magnitude_norm and slerp, which take
+    ``[lambda / k] * k`` here. The scale cancels in ties, ties_weighted, sign, magnitude_norm and slerp, which take
     means, and multiplies the result of linear, magnitude, dare_linear and dare_ties, which take sums.
 
     Args:
@@ -242,6 +258,18 @@ def _trim_cut(delta: Tensor, density: float) -> float:
     smallest_kept = magnitudes[rank] if magnitudes.is_cpu else magnitudes.kthvalue(rank + 1).values
     # One step below it, because hardshrink drops what equals its bound.
     return float(smallest_kept.nextafter(torch.zeros_like(smallest_kept)))
+
+
+def _largest(delta: Tensor, density: float) -> Tensor:
+    """Bool, True at exactly int(density * numel) entries of the largest magnitude, or at all where fewer are not 0."""
+    keep = int(density * delta.numel())
+    if int(delta.count_nonzero()) <= keep:
+        return torch.ones_like(delta, dtype=torch.bool)
+    if keep == 0:
+        raise ValueError(f"density is {density}, which keeps 0 of {delta.numel()} entries: use a larger one")
+    largest = torch.topk(_accumulator(delta).abs(), keep).indices
+    kept = torch.zeros(delta.numel(), dtype=torch.bool, device=delta.device)
+    return kept.index_fill_(0, largest, True).view(delta.shape)
 
 
 def _blockwise(deltas: Deltas, weights: Weights, sparsify: Sparsifier, *, elect: bool, mean: bool) -> Tensor:

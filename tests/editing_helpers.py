@@ -53,9 +53,9 @@ def requests(n: int = len(FACTS), **extra: Any) -> list[dict[str, Any]]:
 
 
 def settings(parameter: str = LAYERS["llama"], **changes: Any) -> WISEHyperParams:
-    """Settings that train a tiny model for two quick iterations."""
+    """The paper's settings, but such that they train a tiny model for two quick iterations."""
     values: dict[str, Any] = {
-        "inner_params": [parameter],
+        "act_ratio": None,
         "n_iter": 2,
         "edit_lr": 0.05,
         "optimizer": "adam",
@@ -66,7 +66,7 @@ def settings(parameter: str = LAYERS["llama"], **changes: Any) -> WISEHyperParam
         "context_length": 2,
         "early_stop_loss": 0.0,
     }
-    return WISEHyperParams(**values | changes)
+    return WISEHyperParams.from_preset("paper", [parameter], **values | changes)
 
 
 def only_layer(model: nn.Module) -> WiseLayer:

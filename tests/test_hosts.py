@@ -522,8 +522,8 @@ RUN_ALGORITHMS = """
             context_template_length_params=[], mom2_dataset="wikipedia", mom2_n_samples=1,
             mom2_dtype="float32", stats_dir=".", **common,
         ),
-        WISEHyperParams(
-            model_name=model_name, device=0, inner_params=["model.layers[1].mlp.down_proj.weight"],
+        WISEHyperParams.from_preset(
+            "paper", ["model.layers[1].mlp.down_proj.weight"], model_name=model_name, device=0, act_ratio=None,
             # A random matrix of 32 x 64 holds a fact only with all of its weights, unclamped.
             optimizer="adam", edit_lr=0.03, mask_ratio=1.0, norm_constraint=None, n_iter=100,
         ),

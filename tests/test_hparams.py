@@ -192,8 +192,10 @@ def test_a_file_that_holds_no_settings_is_a_value_error(text: str, tmp_path: Pat
 # -- values ---------------------------------------------------------------------------------------
 
 
-def test_the_defaults_are_the_papers() -> None:
-    hparams = WISEHyperParams.from_dict(valid())
+def test_the_papers_preset_is_the_papers() -> None:
+    hparams = WISEHyperParams.from_dict(valid(preset="paper"))
+    assert (hparams.n_iter, hparams.act_ratio, hparams.save_freq, hparams.merge_freq) == (70, 1.0, 500, 1000)
+    assert (hparams.layer_units, hparams.contexts_per_step, hparams.irrelevant_prompts) == (False, None, 0)
     assert (hparams.edit_lr, hparams.mask_ratio, hparams.n_shards) == (1.0, 0.2, 2)
     assert (hparams.alpha, hparams.beta, hparams.gamma) == (5.0, 20.0, 10.0)
     assert (hparams.optimizer, hparams.weight_decay, hparams.merge_alg) == ("sgd", 0.0, "ties")

@@ -20,7 +20,7 @@ from easyedit_wise.sharding import non_overlapping_masks, random_mask
 
 RANDOM_METHODS = [name for name, row in MERGE_METHODS.items() if row.needs_generator]
 FIXED_METHODS = [name for name, row in MERGE_METHODS.items() if not row.needs_generator]
-MEANS = ["ties", "sign", "magnitude_norm", "slerp"]
+MEANS = ["ties", "ties_weighted", "sign", "magnitude_norm", "slerp"]
 SUMS = ["linear", "magnitude", "dare_linear", "dare_ties"]
 
 A = torch.tensor([[4.0, -1.0, 2.0], [0.0, 3.0, -5.0]])
@@ -70,6 +70,16 @@ class TestByHand:
     )
     def test_operator(self, method: str, weights: list[float] | None, expected: list[list[float]]) -> None:
         assert torch.equal(run(method, [A, B], weights), torch.tensor(expected))
+
+    def test_ties_weighted_elects_on_weighted_sums(self) -> None:
+        deltas = [torch.tensor([[3.0, 1.0]]), torch.tensor([[-2.0, 1.0]])]
+        assert torch.equal(run("ties", deltas, [0.2, 0.8], density=1.0), torch.tensor([[3.0, 1.0]]))
+        assert torch.equal(run("ties_weighted", deltas, [0.2, 0.8], density=1.0), torch.tensor([[-2.0, 1.0]]))
+
+    def test_ties_weighted_keeps_exactly_its_share_of_equal_magnitudes(self) -> None:
+        equal = [torch.tensor([[1.0, -1.0, 1.0, 1.0]])]
+        assert int(run("ties", equal, density=0.5).count_nonzero()) == 4
+        assert int(run("ties_weighted", equal, density=0.5).count_nonzero()) == 2
 
     def test_dare_ties_at_density_one_is_a_sum_of_what_agrees(self) -> None:
         # Nothing dropped. Signs of A + B: -, -, + / +, +, -

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from ..checks import nearest, number_from_scientific_notation
@@ -26,7 +25,8 @@ from ..data import neutral_prompts
 from ..editing.requests import EditRequest
 from ..evaluation.datasets import Request
 from ..evaluation.lifelong import RouteProbe, StreamEditor
-from ..hparams import WISEHyperParams, find_settings
+from ..hparams import WISEHyperParams
+from ..hparams_files import read_settings
 from .apply import stream_of
 from .covariance import second_moments_of_samples, second_moments_of_texts
 from .probe import probe_routes
@@ -82,13 +82,7 @@ def settings_of(name: str, hparams: str | Path, changes: Mapping[str, Any]) -> d
         FileNotFoundError: neither a file nor a packaged name.
         ValueError: not a YAML mapping, or for WISE a setting that does not fit.
     """
-    path, text = find_settings(hparams, name)
-    try:
-        config = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} does not hold settings: expected 'key: value' lines.")
+    config = read_settings(hparams, name)
     merged = {**config, **changes}
     if "act_margin" in config and {"alpha", "beta", "gamma"} & changes.keys():
         merged["alpha"], merged["beta"], merged["gamma"] = merged.pop("act_margin")

@@ -134,6 +134,7 @@ def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStrea
             model carries another PEFT method.
     """
     name = check_layer(model, hparams.inner_params[0])
+    hparams = hparams.for_model(model)
     layers = find_wise_layers(model)
     if not layers and hparams.load_path and Path(hparams.load_path).exists():
         load_edits(model, hparams.load_path, tok=tok, hparams=hparams)

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+FIXED_WORDS = ("I", "You", "Because", "Yes", "Q: ")
+FIXED_LENGTHS = (5, 10)
+
 
 @torch.no_grad()
 def generate_prefixes(
@@ -47,15 +50,52 @@ def generate_prefixes(
     return [text or str(tok.decode(row[-1:])) for text, row in zip(texts, ids, strict=True)]
 
 
-def context_groups(prompt: str, prefixes: Sequence[str], group_size: int | None = None) -> list[list[str]]:
+@torch.no_grad()
+def fixed_prefixes(model: nn.Module, tok: Any) -> list[str]:
+    """EasyEdit's ten: five fixed words, each with 5 and then each with 10 greedy tokens behind it.
+
+    Args:
+        model: f_Theta, with its side memories off.
+        tok: its tokenizer.
+
+    Returns:
+        Ten texts, as they are decoded, with the word that each begins with.
+    """
+    device = next(model.parameters()).device
+    eos = getattr(model.config, "eos_token_id", None)
+    ends = set(eos if isinstance(eos, (list, tuple)) else [eos])
+    continued: list[tuple[int, list[int]]] = []
+    for word in FIXED_WORDS:
+        ids = list(tok(word)["input_ids"])
+        n_word = len(ids)
+        while len(ids) < n_word + max(FIXED_LENGTHS) and (len(ids) == n_word or ids[-1] not in ends):
+            tokens = torch.tensor([ids], device=device)
+            ids.append(int(model(input_ids=tokens, use_cache=False).logits[0, -1].argmax()))
+        continued.append((n_word, ids))
+    return [
+        tok.decode(ids[: n_word + length], skip_special_tokens=True)
+        for length in FIXED_LENGTHS
+        for n_word, ids in continued
+    ]
+
+
+def behind(prefix: str, prompt: str, fixed: bool = False) -> str:
+    """The prompt behind a prefix: as a sentence of its own, or, behind a fixed one, as EasyEdit has it."""
+    return f"{prefix} {prompt}" if fixed else f"{prefix}. {prompt}"
+
+
+def context_groups(
+    prompt: str, prefixes: Sequence[str], group_size: int | None = None, fixed: bool = False
+) -> list[list[str]]:
     """The plain prompt and the prompt behind each prefix, in groups that all begin with the plain prompt.
 
     Args:
         prompt: x_e.
         prefixes: what to put before it.
         group_size: texts in one group; None for a single group of them all.
+        fixed: the prefixes are EasyEdit's fixed ones.
     """
-    augmented = [f"{prefix}. {prompt}" for prefix in prefixes]
+    augmented = [behind(prefix, prompt, fixed) for prefix in prefixes]
     if group_size is None or group_size > len(augmented):
         return [[prompt, *augmented]]
     if group_size == 1:

@@ -16,8 +16,8 @@ class LossRecord:
     """Keeps the losses, decides on the device when training has settled, and tells the host.
 
     EasyEdit's early stop: over one turn through the groups of contexts every loss is at most ``limit``, and the
-    last one has changed by at most ``change`` since the turn before. On an accelerator the host reads some
-    iterations late, so :attr:`settled` must keep later steps from moving anything.
+    last one has changed by at most ``change`` since the turn before; then come ``patience`` more iterations. On an
+    accelerator the host reads some iterations late, so :attr:`settled` must keep later steps from moving anything.
 
     Args:
         n_iter: how many iterations there can be.
@@ -27,6 +27,7 @@ class LossRecord:
         device: where the losses are computed.
         on_iteration: called with the iteration and its loss, in order.
         lag: how many iterations late the host reads; None: at once on a CPU.
+        patience: iterations between the one whose loss has settled and the last.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class LossRecord:
         device: torch.device,
         on_iteration: Callable[[int, float], None] | None = None,
         lag: int | None = None,
+        patience: int = 0,
     ) -> None:
+        self._patience = patience
         self._n_groups, self._limit, self._change = n_groups, limit, change
         self._lag = (0 if device.type == "cpu" else _LAG) if lag is None else lag
         self._on_iteration = on_iteration
@@ -61,9 +64,10 @@ class LossRecord:
         index, turn = self._n_added, self._n_groups
         self._n_added += 1
         self._history[index] = loss.detach()
-        if index >= turn:
-            small = (self._history[index - turn + 1 : index + 1] <= self._limit).all()
-            still = (self._history[index] - self._history[index - turn]).abs() <= self._change
+        judged = index - self._patience
+        if judged >= turn:
+            small = (self._history[judged - turn + 1 : judged + 1] <= self._limit).all()
+            still = (self._history[judged] - self._history[judged - turn]).abs() <= self._change
             self.settled = self.settled | (small & still)
         row = torch.stack([loss.detach(), edit_loss.detach(), self.settled.to(loss.dtype)])
         self._host[index].copy_(row, non_blocking=True)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ..data import neutral_prompts
 from ..hparams import WISEHyperParams
 from ..tuner.layer import WiseLayer
-from .contexts import as_chat, generate_prefixes
+from .contexts import as_chat, fixed_prefixes, generate_prefixes
 from .frozen_prefix import FrozenPrefix, layer_input_of
 from .layer_units import LayerUnits
 from .open_shard import RecordedEdit
+from .padded_batch import padded_contexts, padded_irrelevant
 from .replay_plan import ReplayPlan
 from .requests import EditRequest, TokenBatch, pair_batch, prompt_batch
 from .scored import ScoredInputs
@@ -79,6 +80,8 @@ class PromptRecorder:
         """
         cache: dict[tuple[Any, ...], list[str]] = self.model.__dict__.setdefault(_PREFIXES, {})
         settings = (self.hparams.n_contexts, self.hparams.context_length, self.hparams.seed)
+        if self.hparams.fixed_contexts:
+            settings = (0, 0, 0)  # what they depend on does not enter
         key = (
             type(self.tok).__name__,
             getattr(self.tok, "name_or_path", None),
@@ -89,7 +92,11 @@ class PromptRecorder:
             n_contexts, length, seed = settings
             generator = torch.Generator().manual_seed(seed)
             with self.main_memory_only():
-                cache[key] = generate_prefixes(self.model, self.tok, n_contexts, length, generator)
+                cache[key] = (
+                    fixed_prefixes(self.model, self.tok)
+                    if self.hparams.fixed_contexts
+                    else generate_prefixes(self.model, self.tok, n_contexts, length, generator)
+                )
         return cache[key]
 
     def contexts(self, prompts: Sequence[Sequence[str]], requests: Sequence[EditRequest]) -> RecordedContexts:
@@ -100,7 +107,11 @@ class PromptRecorder:
         """
         texts = [self.rendered(prompt) for own in prompts for prompt in own]
         owners = [request for own, request in zip(prompts, requests, strict=True) for _ in own]
-        batch = pair_batch(self.tok, texts, [owner.target for owner in owners], self._device(), owners)
+        if self.hparams.padding_counts:
+            (request,) = requests
+            batch = padded_contexts(self.tok, texts, request.target, request.loc_prompt, self._device())
+        else:
+            batch = pair_batch(self.tok, texts, [owner.target for owner in owners], self._device(), owners)
         inputs = self._model_inputs(batch)
         with self.main_memory_only():
             if self._plan is None:
@@ -130,6 +141,15 @@ class PromptRecorder:
         for row, index in enumerate(own):
             found[index] = None if scored is None else scored.select(torch.tensor([row]))
         return found
+
+    def padded_irrelevant(self, prompts: Sequence[str], request: EditRequest) -> ScoredInputs | None:
+        """The irrelevant prompt of a request as a row of the batch with its contexts, where padding counts."""
+        if request.loc_prompt is None:
+            return None
+        texts = [self.rendered(prompt) for prompt in prompts]
+        # As it is, not as a user's turn: EasyEdit renders the contexts alone.
+        batch = padded_irrelevant(self.tok, texts, request.target, request.loc_prompt, self._device())
+        return self._scored_batch(batch, batch.counted_mask)
 
     def neutral(self) -> ScoredInputs:
         """The packaged neutral prompts.
@@ -188,7 +208,7 @@ def plain_edits(
     """Each edit's plain prompt with its target, out of recorded contexts: copies, so that the batch can go."""
     n_edits, n_rows = len(irrelevant), contexts.batch.input_ids.shape[0]
     base = contexts.prefix.layer_output.flatten(0, 1)[contexts.positions] if keep_base else None
-    every = ScoredInputs(contexts.activations, contexts.batch.attention_mask.bool(), base)
+    every = ScoredInputs(contexts.activations, contexts.batch.counted_mask, base)
     rows = range(0, n_rows, n_rows // n_edits)
     return [
         RecordedEdit(every.select(torch.tensor([row])), contexts.batch.prompt_mask[row : row + 1].clone(), own)

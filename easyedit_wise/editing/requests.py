@@ -74,6 +74,7 @@ class TokenBatch:
         prompt_mask: shape (B, T), True on the real tokens before the target: what a user's query has.
         target_mask: shape (B, T), True on the target's tokens.
         subject_mask: shape (B, T), True on the subject's tokens in the prompt; None where no subject is known.
+        pads_count: padding is as good as a token (``padded_batch``); ``prompt_mask`` is then what is scored, all of it.
     """
 
     input_ids: Tensor
@@ -81,9 +82,21 @@ class TokenBatch:
     prompt_mask: Tensor
     target_mask: Tensor
     subject_mask: Tensor | None = None
+    pads_count: bool = False
+
+    @property
+    def counted_mask(self) -> Tensor:
+        """Bool, shape (B, T): what is a token to the side memory, the real ones unless padding counts."""
+        mask = self.attention_mask.bool()
+        return torch.ones_like(mask) if self.pads_count else mask
 
     def model_inputs(self) -> dict[str, Tensor]:
-        """Keyword arguments of the model's forward; positions start at each sequence's first real token."""
+        """Keyword arguments of the model's forward; positions start at each sequence's first real token.
+
+        Where padding counts they are the model's own business, as in EasyEdit.
+        """
+        if self.pads_count:
+            return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         position_ids = (self.attention_mask.cumsum(dim=-1) - 1).clamp(min=0)
         return {
             "input_ids": self.input_ids,
@@ -126,10 +139,12 @@ def encode_pair(tok: Any, prompt: str, target: str) -> tuple[list[int], int]:
     return together, n_prompt
 
 
-def left_padded(tok: Any, sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of sequences padded on the left, both of shape (B, T)."""
+def left_padded(
+    tok: Any, sequences: Sequence[Sequence[int]], device: torch.device, length: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of sequences padded on the left, both of shape (B, T); None: T as is needed."""
     pad = next((i for i in (tok.pad_token_id, tok.eos_token_id) if i is not None), 0)
-    length = max(map(len, sequences))
+    length = max(map(len, sequences)) if length is None else length
     ids = [[pad] * (length - len(sequence)) + list(sequence) for sequence in sequences]
     mask = [[0] * (length - len(sequence)) + [1] * len(sequence) for sequence in sequences]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

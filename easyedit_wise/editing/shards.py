@@ -14,6 +14,9 @@ from ..sharding import random_mask
 from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
 from .subspace import MaskedEntries
 
+# What an earlier memory weighs in EasyEdit's merges; the new shards share the rest.
+_EASYEDITS_EARLIER = 0.6
+
 
 def shard_size(hparams: WISEHyperParams) -> int:
     """Edits that one shard takes."""
@@ -66,6 +69,26 @@ def room(states: Sequence[MemoryState], hparams: WISEHyperParams) -> int:
     return max(1, shard_size(hparams) - held)
 
 
+def with_epsilon_as_trained(
+    states: Sequence[MemoryState], scores: Sequence[float], n_before: int, hparams: WISEHyperParams
+) -> list[MemoryState]:
+    """EasyEdit's epsilon after an edit of the live shard at the end: the running minimum.
+
+    Args:
+        states: the memories.
+        scores: of the new edits, each the mean over its contexts in the last iteration.
+        n_before: edits that the shard held before.
+        hparams: settings, with an ``act_ratio``.
+    """
+    epsilon = min(scores) * (1.0 if hparams.act_ratio is None else hparams.act_ratio)
+    if n_before:
+        epsilon = min(epsilon, states[-1].epsilon)
+    if hparams.retrieve:
+        return [*states[:-1], states[-1].with_(epsilon=epsilon)]
+    epsilon = min([epsilon, *(state.epsilon for state in states[:-1])])  # WISE-Merge has one threshold for all
+    return [state.with_(epsilon=epsilon) for state in states]
+
+
 @dataclass(frozen=True)
 class Closed:
     """The memories after a shard was closed.
@@ -97,16 +120,23 @@ def _fold(states: list[MemoryState], shards: list[int], hparams: WISEHyperParams
         folded = [index for index, state in enumerate(states) if state.stage == MERGED] + folded
     n_edits = sum(states[index].n_edits for index in folded)
     scale = hparams.weights if hparams.weights is not None else 1.0
+    # Shards of equal size weigh lambda / k as in the paper; an earlier memory weighs by what it holds.
+    weights = [scale * states[index].n_edits / n_edits for index in folded]
+    method = hparams.merge_alg
+    if hparams.easyedit_merge:
+        method = "ties_weighted" if method == "ties" else method
+        if len(folded) > len(shards):
+            weights = [_EASYEDITS_EARLIER, *((1 - _EASYEDITS_EARLIER) / len(shards) for _ in shards)]
     merged = merge(
         [states[index].delta_weight for index in folded],
-        method=hparams.merge_alg,
-        # Shards of equal size weigh lambda / k as in the paper; an earlier memory weighs by what it holds.
-        weights=[scale * states[index].n_edits / n_edits for index in folded],
+        method=method,
+        weights=weights,
         density=hparams.densities if hparams.densities is not None else 1.0,
         generator=generator,
     )
     kept = [index for index in range(len(states)) if index not in folded]
     places = [kept.index(index) if index in kept else len(kept) for index in range(len(states))]
-    epsilon = max(states[index].epsilon for index in folded)
+    epsilons = [states[index].epsilon for index in folded]
+    epsilon = min(epsilons) if hparams.epsilon_as_trained else max(epsilons)
     memory = MemoryState(MERGED, merged, None, epsilon, n_edits)
     return Closed([*(states[index] for index in kept), memory], places, len(kept))

@@ -22,9 +22,18 @@ from .open_shard import EditScores, OpenShard, edit_scores, threshold
 from .recorder import PromptRecorder, plain_edits
 from .requests import EditRequest, encode_pair
 from .scored import ScoredInputs
-from .shards import close_shard, put_back, room, set_aside, shard_size, with_live_shard
+from .shards import (
+    close_shard,
+    put_back,
+    room,
+    set_aside,
+    shard_size,
+    with_epsilon_as_trained,
+    with_live_shard,
+)
 from .task import EditTask
 from .trainer import EditOutcome, train_edit
+from .whole_matrix import base_weight
 
 _PAST_EDITS_REPLAYED = 8
 
@@ -188,7 +197,7 @@ class EditStream:
         self.layer.install(self.adapter_name, states)  # what it replaces need not stay in memory
         place, live = len(states) - 1, states[-1]
         shard = self._shard_so_far(place, live)
-        own = self._recorder.own_irrelevant(requests)
+        own = self._own_irrelevant(requests)
         task = self._record(requests, place, own, shard)
         hparams = self.hparams
         if hparams.layer_units:
@@ -202,17 +211,23 @@ class EditStream:
             )
         del task
         self.held += [HeldEdit(request, place) for request in requests]
-        # Trained in place: live.delta_weight is what was learned.
-        shard, scores = shard.joined(recorded, live.delta_weight, self.hparams)
-        epsilon = self._threshold(scores, live.delta_weight)
-        states[-1] = live.with_(n_edits=live.n_edits + len(requests), epsilon=epsilon)
-        self._open_shard = shard
-        self.layer.install(self.adapter_name, self._closed_if_full(states))
+        # Trained in place, as a rule: then this is live.delta_weight.
+        learned = live.delta_weight if outcome.delta_weight is None else outcome.delta_weight
         per_edit = len(outcome.edit_scores) // len(requests)
-        return [
+        made = [
             replace(outcome, edit_scores=outcome.edit_scores[start : start + per_edit])
             for start in range(0, len(outcome.edit_scores), per_edit)
         ]
+        shard, scores = shard.joined(recorded, learned, self.hparams)
+        states[-1] = live.with_(delta_weight=learned, n_edits=live.n_edits + len(requests))
+        if self.hparams.epsilon_as_trained:
+            trained = [sum(one.edit_scores) / per_edit for one in made]
+            states = with_epsilon_as_trained(states, trained, live.n_edits, self.hparams)
+        else:
+            states[-1] = states[-1].with_(epsilon=self._threshold(scores, learned))
+        self._open_shard = shard
+        self.layer.install(self.adapter_name, self._closed_if_full(states))
+        return made
 
     def _label(self, requests: Sequence[EditRequest]) -> str:
         number, first = len(self.held) + 1, requests[0]
@@ -248,7 +263,8 @@ class EditStream:
         closed = close_shard(states, self.hparams, self._generator)
         self._open_shard = None
         self.held = [replace(held, memory=closed.places[held.memory]) for held in self.held]
-        closed.states[closed.changed] = self._calibrated(closed.states[closed.changed], closed.changed)
+        if not self.hparams.epsilon_as_trained:
+            closed.states[closed.changed] = self._calibrated(closed.states[closed.changed], closed.changed)
         return closed.states
 
     # -- what an edit trains on ---------------------------------------------------------------
@@ -260,12 +276,21 @@ class EditStream:
         own: Sequence[ScoredInputs | None],
         shard: OpenShard,
     ) -> EditTask:
-        prefixes, size = self._recorder.prefixes(), self.hparams.contexts_per_step
-        groups = zip(*(context_groups(request.prompt, prefixes, size) for request in requests), strict=True)
+        groups = zip(*(self._context_groups(request) for request in requests), strict=True)
         contexts = [self._recorder.contexts(prompts, requests) for prompts in groups]
         irrelevant, irrelevant_of = self._irrelevant_inputs(own)
         past = self._past_inputs(memory) if self.hparams.replay else None
-        return EditTask(contexts, irrelevant, past, shard.rehearsed, irrelevant_of)
+        whole = base_weight(self.layer.get_base_layer()) if self.hparams.decay_whole_matrix else None
+        return EditTask(contexts, irrelevant, past, shard.rehearsed, irrelevant_of, base_weight=whole)
+
+    def _context_groups(self, request: EditRequest) -> list[list[str]]:
+        prefixes, size = self._recorder.prefixes(), self.hparams.contexts_per_step
+        return context_groups(request.prompt, prefixes, size, self.hparams.fixed_contexts)
+
+    def _own_irrelevant(self, requests: Sequence[EditRequest]) -> list[ScoredInputs | None]:
+        if not self.hparams.padding_counts:
+            return self._recorder.own_irrelevant(requests)
+        return [self._recorder.padded_irrelevant(self._context_groups(one)[0], one) for one in requests]
 
     def _irrelevant_inputs(self, own: Sequence[ScoredInputs | None]) -> tuple[ScoredInputs, list[Tensor]]:
         """x_i of Eq. 5: each request's own irrelevant prompt, and packaged neutral ones for all of them.

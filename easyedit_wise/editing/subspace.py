@@ -76,6 +76,16 @@ class Subspace:
         products: tuple[Tensor, ...] = _Products.apply(self.theta, self, *activations)
         return products
 
+    @staticmethod
+    def masked(gradient: Tensor) -> Tensor:
+        """The gradient of theta as it is: nothing of it lies outside the mask."""
+        return gradient
+
+    @torch.no_grad()
+    def clamp(self, limit: float) -> None:
+        """Keep every entry within ``limit`` of zero."""
+        self.theta.clamp_(-limit, limit)
+
     @torch.no_grad()
     def write(self) -> None:
         """Put theta into the matrix."""

@@ -25,7 +25,7 @@ class RecordedContexts:
         batch: B = E * C sequences.
         prefix: their recording.
         activations: A(x) of their N real tokens, shape (N, d_in), in the dtype that training computes in.
-        positions: where these stand in the (B * T) tokens, shape (N,).
+        positions: where these stand in the (B * T) tokens, shape (N,). Where padding counts they are all of them.
     """
 
     batch: TokenBatch
@@ -36,7 +36,7 @@ class RecordedContexts:
     @classmethod
     def of(cls, batch: TokenBatch, prefix: FrozenPrefix, dtype: torch.dtype = torch.float32) -> RecordedContexts:
         """Keep the real tokens' activations of a recording, and drop its padded ones."""
-        positions = real_positions(batch.attention_mask.bool())
+        positions = real_positions(batch.counted_mask)
         activations = prefix.take_layer_input().flatten(0, 1)[positions].to(dtype)
         return cls(batch, prefix, activations, positions)
 
@@ -104,6 +104,7 @@ class EditTask:
         earlier: the shard's earlier edits, or None.
         irrelevant_of: which rows of ``irrelevant`` are each edit's; None: one edit, which has all of them.
         unit: what Delta_act and the rehearsal's distances are counted in.
+        base_weight: W, shape (d_out, d_in), where the whole matrix decays; else None.
     """
 
     contexts: list[RecordedContexts]
@@ -112,6 +113,7 @@ class EditTask:
     earlier: Rehearsed | None = None
     irrelevant_of: Sequence[Tensor] | None = None
     unit: float = 1.0
+    base_weight: Tensor | None = None
 
     @property
     def n_edits(self) -> int:
@@ -129,8 +131,8 @@ def target_positions(batch: TokenBatch, hparams: WISEHyperParams) -> tuple[tuple
     supervised = batch.target_mask
     if hparams.objective_optimization == "prompt_and_label":
         supervised = supervised | batch.prompt_mask
-    # The first real token of a sequence has nothing before it that could predict it.
-    predicted = supervised[:, 1:] & batch.attention_mask[:, :-1].bool()
+    # The first token of a sequence has nothing before it that could predict it.
+    predicted = supervised[:, 1:] & batch.counted_mask[:, :-1]
     rows, columns = predicted.nonzero(as_tuple=True)
     is_target = batch.target_mask[:, 1:][rows, columns]
     first_target = is_target & ~batch.target_mask[rows, columns]

@@ -17,6 +17,7 @@ from .loss_record import LossRecord
 from .optimizers import optimizer_for
 from .subspace import Subspace
 from .task import EditTask, target_positions
+from .whole_matrix import WholeMatrix
 
 
 class EditDivergedError(RuntimeError):
@@ -51,7 +52,9 @@ def train_edit(
     record: LossRecord | None = None,
     in_place: bool = False,
 ) -> EditOutcome:
-    """Eq. 7: W' <- W' - eta (M o g) until the edits of the task hold; nothing outside the mask moves, ever.
+    """Eq. 7: W' <- W' - eta (M o g) until the edits of the task hold.
+
+    Nothing outside the mask moves, ever, unless the settings say that the whole matrix decays.
 
     Args:
         delta_weight: dW of the live shard, shape (d_out, d_in).
@@ -62,12 +65,13 @@ def train_edit(
         on_iteration: called with the iteration and its loss.
         record: where the losses are kept; None: a new one.
         in_place: write to ``delta_weight`` itself, which saves a matrix; if anything is raised, the caller has to
-            put it back.
+            put it back. Where the whole matrix decays it is left alone.
 
     Raises:
         EditDivergedError: the loss became NaN or infinite.
+        ValueError: the whole matrix shall decay, but the task does not have it.
     """
-    subspace = Subspace(delta_weight, mask, in_place)
+    subspace = _trained(delta_weight, mask, task, hparams, in_place)
     record = record or LossRecord(
         hparams.n_iter,
         len(task.contexts),
@@ -75,6 +79,7 @@ def train_edit(
         hparams.early_stop_change,
         subspace.theta.device,
         on_iteration,
+        patience=hparams.early_stop_patience,
     )
     try:
         scores = _iterate(subspace, task, hparams, record)
@@ -85,7 +90,18 @@ def train_edit(
     return EditOutcome(subspace.matrix, record.losses, record.edit_losses, scores.tolist())
 
 
-def _iterate(subspace: Subspace, task: EditTask, hparams: WISEHyperParams, record: LossRecord) -> Tensor:
+def _trained(
+    delta_weight: Tensor, mask: Tensor, task: EditTask, hparams: WISEHyperParams, in_place: bool
+) -> Subspace | WholeMatrix:
+    """What the optimiser moves: the masked entries, or EasyEdit's whole matrix."""
+    if not hparams.decay_whole_matrix:
+        return Subspace(delta_weight, mask, in_place)
+    if task.base_weight is None:
+        raise ValueError("decay_whole_matrix is on, but the task has no base_weight: hand over the layer's own W.")
+    return WholeMatrix(delta_weight, mask, task.base_weight)
+
+
+def _iterate(subspace: Subspace | WholeMatrix, task: EditTask, hparams: WISEHyperParams, record: LossRecord) -> Tensor:
     """The iterations; Delta_act(x_e) of the last one's contexts."""
     theta = subspace.theta
     optimizer, schedule = optimizer_for(theta, hparams)
@@ -98,8 +114,10 @@ def _iterate(subspace: Subspace, task: EditTask, hparams: WISEHyperParams, recor
         recorded, (positions, targets, is_first) = task.contexts[group], supervised[group]
         product, *others = subspace.products(recorded.activations, *constant)
         logits = recorded.logits(product, positions)
-        n_sequences = len(recorded.batch.input_ids)
-        loss_edit = edit_loss(logits, targets, positions[0], is_first, hparams.first_token_weight, n_sequences)
+        n_sequences, n_silent = len(recorded.batch.input_ids), int(recorded.batch.pads_count)
+        loss_edit = edit_loss(
+            logits, targets, positions[0], is_first, hparams.first_token_weight, n_sequences, n_silent
+        )
         scores, out_of_scope = recorded.scores(product, hparams)
         irrelevant = task.irrelevant.pooled(others[0], hparams)
         loss = loss_edit + routing_loss(scores, irrelevant, out_of_scope, task, hparams)
@@ -112,8 +130,8 @@ def _iterate(subspace: Subspace, task: EditTask, hparams: WISEHyperParams, recor
         if record.stopped():
             break
         # The gradient of dW alone: a base model that happens to be trainable gets none.
-        (theta.grad,) = torch.autograd.grad(loss, [theta])
-        _step(optimizer, theta, hparams, record)
+        theta.grad = subspace.masked(torch.autograd.grad(loss, [theta])[0])
+        _step(optimizer, subspace, hparams, record)
         schedule.step()
         subspace.write()
     record.finish()
@@ -162,7 +180,7 @@ def _products_beside(task: EditTask, dtype: torch.dtype) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _rehearsal_reference(subspace: Subspace, task: EditTask, hparams: WISEHyperParams) -> Tensor | None:
+def _rehearsal_reference(subspace: Subspace | WholeMatrix, task: EditTask, hparams: WISEHyperParams) -> Tensor | None:
     """dW_0 b of the shard's earlier edits, shape (R, d_out); None without rehearsal."""
     if task.earlier is None or hparams.rehearsal <= 0:
         return None
@@ -170,11 +188,17 @@ def _rehearsal_reference(subspace: Subspace, task: EditTask, hparams: WISEHyperP
 
 
 @torch.no_grad()
-def _step(optimizer: torch.optim.Optimizer, theta: Tensor, hparams: WISEHyperParams, record: LossRecord) -> None:
+def _step(
+    optimizer: torch.optim.Optimizer,
+    subspace: Subspace | WholeMatrix,
+    hparams: WISEHyperParams,
+    record: LossRecord,
+) -> None:
+    theta = subspace.theta
     before = theta.clone() if record.reads_late else None
     optimizer.step()
     if hparams.norm_constraint is not None:
-        theta.clamp_(-hparams.norm_constraint, hparams.norm_constraint)
+        subspace.clamp(hparams.norm_constraint)
     if before is not None:
         theta.copy_(torch.where(record.settled, before, theta))
 
