@@ -23,10 +23,10 @@ import yaml
 from torch import Tensor
 
 from benchmarks.common import print_table, write_report
-from benchmarks.upstream import UpstreamWise, load_upstream, why_not
 from benchmarks.workload import layer_parameter, load_smollm2
 from easyedit_wise import WISEHyperParams, last_route
 from easyedit_wise.easyedit.apply import stream_of
+from easyedit_wise.easyedit.upstream import UpstreamWise, load_upstream, why_not
 from easyedit_wise.editing import shards
 from easyedit_wise.editing.requests import EditRequest
 

@@ -10,13 +10,13 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from benchmarks.upstream import UpstreamWise, load_upstream, why_not
 from conftest import LAYERS, build_model
 
 from benchmarks.fidelity import distance, host_tokenizer, requests, run_ours, run_theirs
 from benchmarks.workload import layer_parameter
 from easyedit_wise import WISEHyperParams
 from easyedit_wise.easyedit.apply import stream_of
+from easyedit_wise.easyedit.upstream import UpstreamWise, load_upstream, why_not
 
 pytestmark = [pytest.mark.upstream, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
 

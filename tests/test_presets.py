@@ -173,7 +173,7 @@ def test_easyedits_own_object_is_in_its_terms() -> None:
 @pytest.mark.upstream
 @pytest.mark.skipif(not os.environ.get("EASYEDIT_HOME"), reason="EASYEDIT_HOME names no checkout of EasyEdit")
 def test_heads_own_dataclass_is_in_its_terms() -> None:
-    from benchmarks.upstream import load_upstream
+    from easyedit_wise.easyedit.upstream import load_upstream
 
     upstream = load_upstream()
     assert upstream is not None
