@@ -23,6 +23,7 @@ from .checks import (
     nearest,
     number_from_scientific_notation,
 )
+from .consolidation_settings import ConsolidationSettings
 from .easyedit_arithmetic import SCORE_ACTIVATION_OF_THE_MODEL, EasyEditArithmetic, activation_of
 from .hparams_files import packaged_hparams, read_settings
 from .merging import MERGE_METHODS
@@ -43,7 +44,7 @@ _SWITCHES = (
 
 
 @dataclass
-class WISEHyperParams(EasyEditArithmetic):
+class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     """Settings of WISE. Names follow EasyEdit's YAML keys; the paper's symbols are given in brackets.
 
     The defaults below are this package's own, the one place where they are written: they hold for any model, since
@@ -211,10 +212,17 @@ class WISEHyperParams(EasyEditArithmetic):
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} is {value!r}: it must be a path as text, or null.")
         self.validate_arithmetic()
+        self.validate_consolidation()
         self._validate_together()
 
     def _validate_together(self) -> None:
-        """EasyEdit's arithmetic exists for some settings only."""
+        """EasyEdit's arithmetic, and consolidation, exist for some settings only."""
+        for name in ("replay", "decay_whole_matrix", "subject_routing"):
+            if self.consolidation and getattr(self, name):
+                raise ValueError(
+                    f"{name} is on with consolidation: {self.consolidation}, whose shards need no margin loss and are "
+                    f"quiet on other memories' edits as they are: set {name}: false, or consolidation: 0."
+                )
         if self.padding_counts and (self.batch_size != 1 or self.contexts_per_step is not None):
             raise ValueError(
                 f"padding_counts goes with batch_size 1 and contexts_per_step null, not with {self.batch_size} and "

@@ -36,6 +36,20 @@ def routing_activation(activations: Tensor, delta_weight: Tensor) -> Tensor:
     return F.linear(activations, delta_weight).norm(dim=-1)
 
 
+def relative_activation(product: Tensor, activations: Tensor) -> Tensor:
+    """Eq. 3 as a gain: || dW a || / || a || for every token, so that no prompt scores high for being loud.
+
+    Args:
+        product: dW a, shape (..., d_out).
+        activations: a = A(x), shape (..., d_in).
+
+    Returns:
+        Shape (...); 0 where a is 0.
+    """
+    loudness = activations.float().norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    return product.float().norm(dim=-1) / loudness
+
+
 def upstream_activation(base_output: Tensor, side_output: Tensor, hidden_act: str) -> Tensor:
     """EasyEdit's variant of Eq. 3: || act(W_v' a) - act(W_v a) ||_2 with the model's own activation.
 

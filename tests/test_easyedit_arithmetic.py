@@ -121,7 +121,7 @@ def test_scores_are_means_over_padding_and_target(tok: Any) -> None:
     # By the definition, one more iteration under the dW that was learned.
     expected = (seen[0] @ state.delta_weight.T).norm(dim=-1).mean(dim=-1)
     edits = [held.request for held in stream.held]
-    task = stream._record(edits, 0, stream._own_irrelevant(edits), OpenShard())
+    task = stream._tasks.task(edits, stream._tasks.own_irrelevant(edits), [], OpenShard())
     with stream._recorder.main_memory_only():
         again = train_edit(state.delta_weight, state.mask, task, upstream(n_iter=1, score_activation=None))
     torch.testing.assert_close(torch.tensor(again.edit_scores), expected, rtol=1e-4, atol=1e-5)

@@ -6,7 +6,7 @@ import json
 from importlib.resources import files
 from typing import Any
 
-__all__ = ["demo_facts", "neutral_prompts"]
+__all__ = ["demo_facts", "neutral_prompts", "other_subjects"]
 
 
 def _read_json(name: str) -> Any:
@@ -33,3 +33,12 @@ def neutral_prompts() -> tuple[str, ...]:
     request brings no ``loc_prompt`` of its own.
     """
     return tuple(_read_json("neutral_prompts.json"))
+
+
+def other_subjects() -> tuple[str, ...]:
+    """Some hundred names of people, places, works, companies and things, none of them in the demo's prompts.
+
+    They take the place of an edit's subject in its own prompt: what then stands there is a near-by
+    question, which the edit must leave alone.
+    """
+    return tuple(_read_json("other_subjects.json"))

@@ -161,7 +161,7 @@ def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStrea
 
 def _check_routing_kept(config: WiseConfig, hparams: WISEHyperParams) -> None:
     """The thresholds of earlier edits hold for the score that they were set with."""
-    for name in ("pooling", "score_activation"):
+    for name in ("pooling", "score_activation", "relative_scores"):
         kept, wanted = getattr(config, name), getattr(hparams, name)
         if kept != wanted:
             raise ValueError(
@@ -180,6 +180,7 @@ def wise_config(model: nn.Module, module_name: str, hparams: WISEHyperParams) ->
         seed=hparams.seed,
         pooling=hparams.pooling,
         score_activation=hparams.score_activation,
+        relative_scores=hparams.relative_scores,
     )
 
 

@@ -95,7 +95,17 @@ def context_groups(
         group_size: texts in one group; None for a single group of them all.
         fixed: the prefixes are EasyEdit's fixed ones.
     """
-    augmented = [behind(prefix, prompt, fixed) for prefix in prefixes]
+    return in_groups(prompt, [behind(prefix, prompt, fixed) for prefix in prefixes], group_size)
+
+
+def in_groups(prompt: str, augmented: Sequence[str], group_size: int | None = None) -> list[list[str]]:
+    """The plain prompt and its other contexts, in groups that all begin with the plain prompt.
+
+    Args:
+        prompt: x_e.
+        augmented: the other contexts.
+        group_size: as in :func:`context_groups`.
+    """
     if group_size is None or group_size > len(augmented):
         return [[prompt, *augmented]]
     if group_size == 1:

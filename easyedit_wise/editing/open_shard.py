@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..hparams import WISEHyperParams
+from ..least_squares import NormalEquations
 from ..routing import calibrated_threshold, minimum_threshold
 from ..sketching import frequent_directions
 from .scored import ScoredInputs
@@ -70,12 +71,14 @@ class OpenShard:
         others: the last known scores of the rest.
         sketch: rows that stand for A(x) of all tokens of all edits; None without rehearsal.
         n_tokens: how many tokens these are.
+        equations: the shard's least-squares problem; None without consolidation.
     """
 
     watched: tuple[RecordedEdit, ...] = ()
     others: tuple[EditScores, ...] = ()
     sketch: Tensor | None = None
     n_tokens: int = 0
+    equations: NormalEquations | None = None
 
     @property
     def rehearsed(self) -> Rehearsed | None:
@@ -102,6 +105,7 @@ class OpenShard:
             (*self.others, *(scores[index] for index in by_risk[WATCHED:])),
             sketch,
             n_tokens,
+            self.equations,
         )
         return shard, [*self.others, *scores]
 

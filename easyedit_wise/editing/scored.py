@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..hparams import WISEHyperParams
-from ..routing import pool, upstream_activation
+from ..routing import pool, relative_activation, upstream_activation
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,15 @@ class ScoredInputs:
             hparams: settings.
             over: pool over these tokens only, shape (B, T), each of them a real one.
         """
-        tokens = score_tokens(product, self.base_output, hparams)
+        tokens = score_tokens(product, self.base_output, self.activations, hparams)
         mask = self.token_mask if over is None else over
         return pool(placed(tokens, self.positions, mask), mask, hparams.pooling)
 
 
-def score_tokens(product: Tensor, base_output: Tensor | None, hparams: WISEHyperParams) -> Tensor:
-    """Delta_act of each token from dW a, shape (..., d_out) -> (...)."""
+def score_tokens(product: Tensor, base_output: Tensor | None, activations: Tensor, hparams: WISEHyperParams) -> Tensor:
+    """Delta_act of each token from dW a, shape (..., d_out), and a, shape (..., d_in) -> (...)."""
+    if hparams.relative_scores:
+        return relative_activation(product, activations)
     if hparams.score_activation is None or base_output is None:
         # The norm's gradient at exactly zero is undefined (a fresh shard is zero): keep it finite.
         return (product.square().sum(dim=-1) + 1e-12).sqrt()

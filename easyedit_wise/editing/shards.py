@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..hparams import WISEHyperParams
 from ..merging import merge
-from ..sharding import random_mask
+from ..sharding import column_mask, random_mask
 from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
 from .subspace import MaskedEntries
 
@@ -35,7 +35,8 @@ def with_live_shard(
     if live is not None and live.n_edits:
         # A cast of the whole model takes dW along; small steps need fp32 all the same.
         return [*states[:-1], live.with_(delta_weight=live.delta_weight.float())]
-    mask = random_mask(shape, hparams.mask_ratio, generator).to(device)
+    new_mask = column_mask if hparams.mask == "columns" else random_mask
+    mask = new_mask(shape, hparams.mask_ratio, generator).to(device)
     zero = torch.zeros(shape, dtype=torch.float32, device=device)
     kept = states if live is None else states[:-1]
     return [*kept, MemoryState(LIVE, zero, mask, 0.0, 0)]

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from ..hparams import WISEHyperParams
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MemoryState
-from .contexts import context_groups
+from .consolidated import held_out, with_trained, write_solution
 from .open_shard import EditScores, OpenShard, edit_scores, threshold
 from .recorder import PromptRecorder, plain_edits
 from .requests import EditRequest, encode_pair
-from .scored import ScoredInputs
 from .shards import (
     close_shard,
     put_back,
@@ -31,11 +30,8 @@ from .shards import (
     with_epsilon_as_trained,
     with_live_shard,
 )
-from .task import EditTask
+from .task_maker import TaskMaker
 from .trainer import EditOutcome, train_edit
-from .whole_matrix import base_weight
-
-_PAST_EDITS_REPLAYED = 8
 
 
 @dataclass(frozen=True)
@@ -98,6 +94,7 @@ class EditStream:
         self._open_shard: OpenShard | None = None
         self._generator = torch.Generator().manual_seed(hparams.seed)
         self._recorder = PromptRecorder(model, tok, hparams, layer)
+        self._tasks = TaskMaker(self._recorder, self._generator)
 
     @property
     def hparams(self) -> WISEHyperParams:
@@ -197,8 +194,8 @@ class EditStream:
         self.layer.install(self.adapter_name, states)  # what it replaces need not stay in memory
         place, live = len(states) - 1, states[-1]
         shard = self._shard_so_far(place, live)
-        own = self._own_irrelevant(requests)
-        task = self._record(requests, place, own, shard)
+        own = self._tasks.own_irrelevant(requests)
+        task = self._tasks.task(requests, own, self._requests_outside(place), shard)
         hparams = self.hparams
         if hparams.layer_units:
             units = self._recorder.units()
@@ -209,6 +206,14 @@ class EditStream:
             outcome = train_edit(
                 live.delta_weight, mask, task, hparams, self._label(requests), on_iteration, in_place=True
             )
+        if self.hparams.consolidation:
+            equations = shard.equations
+            if equations is None:
+                held = self._requests_in(place)
+                equations = self._tasks.equations(live, held, self._requests_outside(place))
+            equations = with_trained(equations, task, own, live.delta_weight, self.hparams)
+            write_solution(equations, live.delta_weight, self.hparams.norm_constraint)
+            shard = replace(shard, equations=equations)
         del task
         self.held += [HeldEdit(request, place) for request in requests]
         # Trained in place, as a rule: then this is live.delta_weight.
@@ -257,6 +262,9 @@ class EditStream:
     def _requests_in(self, place: int) -> list[EditRequest]:
         return [held.request for held in self.held if held.memory == place]
 
+    def _requests_outside(self, place: int) -> list[EditRequest]:
+        return [held.request for held in self.held if held.memory != place]
+
     def _closed_if_full(self, states: list[MemoryState]) -> list[MemoryState]:
         if states[-1].n_edits < shard_size(self.hparams):
             return states
@@ -267,60 +275,13 @@ class EditStream:
             closed.states[closed.changed] = self._calibrated(closed.states[closed.changed], closed.changed)
         return closed.states
 
-    # -- what an edit trains on ---------------------------------------------------------------
-
-    def _record(
-        self,
-        requests: Sequence[EditRequest],
-        memory: int,
-        own: Sequence[ScoredInputs | None],
-        shard: OpenShard,
-    ) -> EditTask:
-        groups = zip(*(self._context_groups(request) for request in requests), strict=True)
-        contexts = [self._recorder.contexts(prompts, requests) for prompts in groups]
-        irrelevant, irrelevant_of = self._irrelevant_inputs(own)
-        past = self._past_inputs(memory) if self.hparams.replay else None
-        whole = base_weight(self.layer.get_base_layer()) if self.hparams.decay_whole_matrix else None
-        return EditTask(contexts, irrelevant, past, shard.rehearsed, irrelevant_of, base_weight=whole)
-
-    def _context_groups(self, request: EditRequest) -> list[list[str]]:
-        prefixes, size = self._recorder.prefixes(), self.hparams.contexts_per_step
-        return context_groups(request.prompt, prefixes, size, self.hparams.fixed_contexts)
-
-    def _own_irrelevant(self, requests: Sequence[EditRequest]) -> list[ScoredInputs | None]:
-        if not self.hparams.padding_counts:
-            return self._recorder.own_irrelevant(requests)
-        return [self._recorder.padded_irrelevant(self._context_groups(one)[0], one) for one in requests]
-
-    def _irrelevant_inputs(self, own: Sequence[ScoredInputs | None]) -> tuple[ScoredInputs, list[Tensor]]:
-        """x_i of Eq. 5: each request's own irrelevant prompt, and packaged neutral ones for all of them.
-
-        Returns:
-            (the prompts, which of them are each request's).
-        """
-        n_neutral = max(self.hparams.irrelevant_prompts, 1 if None in own else 0)
-        neutral = self._recorder.neutral()
-        picked = torch.randperm(len(neutral), generator=self._generator)[:n_neutral]
-        given = [one for one in own if one is not None]
-        shared = list(range(len(given), len(given) + n_neutral))
-        numbers = iter(range(len(given)))
-        device = neutral.activations.device  # an index on the host would be copied over in every iteration
-        rows = [torch.tensor(shared if one is None else [next(numbers), *shared], device=device) for one in own]
-        # In the dtype of dW, so that the iterations need no second copy.
-        return ScoredInputs.stack([*given, neutral.select(picked)]).to(torch.float32), rows
-
-    def _past_inputs(self, memory: int) -> ScoredInputs | None:
-        """x_m of Appendix B.3: edits that other memories hold, drawn anew for every edit."""
-        others = [self._recorder.rendered(h.request.prompt) for h in self.held if h.memory != memory]
-        if not others:
-            return None
-        picked = torch.randperm(len(others), generator=self._generator)[:_PAST_EDITS_REPLAYED]
-        return self._recorder.scored([others[index] for index in picked.tolist()])
-
     # -- thresholds ---------------------------------------------------------------------------
 
     def _threshold(self, scores: Sequence[EditScores], delta_weight: Tensor) -> float:
-        return threshold(scores, self._recorder.neutral(), delta_weight, self.hparams)
+        neutral = self._recorder.neutral()
+        if self.hparams.consolidation:
+            neutral = held_out(neutral)
+        return threshold(scores, neutral, delta_weight, self.hparams)
 
     def _calibrated(self, state: MemoryState, place: int) -> MemoryState:
         """A closed memory with epsilon from all its edits, scored anew from their texts, some at a time."""

@@ -73,7 +73,7 @@ class RecordedContexts:
         base: Tensor | None = None
         if hparams.score_activation is not None:
             base = self.prefix.layer_output.flatten(0, 1)[self.positions]
-        tokens = placed(score_tokens(product, base, hparams), self.positions, prompt)
+        tokens = placed(score_tokens(product, base, self.activations, hparams), self.positions, prompt)
         subject = self.batch.subject_mask if hparams.subject_routing else None
         if subject is None:
             return pool(tokens, prompt, hparams.pooling), None
@@ -103,6 +103,7 @@ class EditTask:
         past: x_m of Appendix B.3, edits that other memories hold, or None.
         earlier: the shard's earlier edits, or None.
         irrelevant_of: which rows of ``irrelevant`` are each edit's; None: one edit, which has all of them.
+        about_others: the edits' own prompts about other subjects, or None.
         unit: what Delta_act and the rehearsal's distances are counted in.
         base_weight: W, shape (d_out, d_in), where the whole matrix decays; else None.
     """
@@ -113,6 +114,7 @@ class EditTask:
     earlier: Rehearsed | None = None
     irrelevant_of: Sequence[Tensor] | None = None
     unit: float = 1.0
+    about_others: ScoredInputs | None = None
     base_weight: Tensor | None = None
 
     @property

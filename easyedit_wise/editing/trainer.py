@@ -107,24 +107,27 @@ def _iterate(subspace: Subspace | WholeMatrix, task: EditTask, hparams: WISEHype
     optimizer, schedule = optimizer_for(theta, hparams)
     supervised = [target_positions(recorded.batch, hparams) for recorded in task.contexts]
     earlier = _rehearsal_reference(subspace, task, hparams)
-    constant = _products_beside(task, theta.dtype)
+    beside = _products_beside(task, hparams, theta.dtype)
     scores = theta.new_zeros(0)
     for iteration in range(hparams.n_iter):
         group = iteration % len(task.contexts)
         recorded, (positions, targets, is_first) = task.contexts[group], supervised[group]
-        product, *others = subspace.products(recorded.activations, *constant)
+        product, *others = subspace.products(recorded.activations, *beside.values())
+        given = dict(zip(beside, others, strict=True))
         logits = recorded.logits(product, positions)
         n_sequences, n_silent = len(recorded.batch.input_ids), int(recorded.batch.pads_count)
         loss_edit = edit_loss(
             logits, targets, positions[0], is_first, hparams.first_token_weight, n_sequences, n_silent
         )
         scores, out_of_scope = recorded.scores(product, hparams)
-        irrelevant = task.irrelevant.pooled(others[0], hparams)
-        loss = loss_edit + routing_loss(scores, irrelevant, out_of_scope, task, hparams)
-        if task.past is not None:
-            loss = loss + replay_loss(task.past.pooled(others[1], hparams) / task.unit, hparams.alpha)
+        loss = loss_edit
+        if "irrelevant" in given:
+            irrelevant = task.irrelevant.pooled(given["irrelevant"], hparams)
+            loss = loss + routing_loss(scores, irrelevant, out_of_scope, task, hparams)
+        if task.past is not None and "past" in given:
+            loss = loss + replay_loss(task.past.pooled(given["past"], hparams) / task.unit, hparams.alpha)
         if task.earlier is not None and earlier is not None:
-            moved = rehearsal_loss(others[-1], earlier, task.earlier.n_tokens) / task.unit**2
+            moved = rehearsal_loss(given["earlier"], earlier, task.earlier.n_tokens) / task.unit**2
             loss = loss + hparams.rehearsal * moved
         record.add(loss, loss_edit)
         if record.stopped():
@@ -169,14 +172,17 @@ def routing_loss(
     return loss / task.n_edits
 
 
-def _products_beside(task: EditTask, dtype: torch.dtype) -> list[Tensor]:
-    """What dW is applied to in every iteration beside the contexts: irrelevant, past, earlier."""
-    inputs = [task.irrelevant.activations]
-    if task.past is not None:
-        inputs.append(task.past.activations)
+def _products_beside(task: EditTask, hparams: WISEHyperParams, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What dW is applied to in every iteration beside the contexts.
+
+    A consolidated shard is made quiet by its least-squares solution, so its edits train on their answers alone.
+    """
+    inputs = {} if hparams.consolidation else {"irrelevant": task.irrelevant.activations}
+    if task.past is not None and not hparams.consolidation:
+        inputs["past"] = task.past.activations
     if task.earlier is not None:
-        inputs.append(task.earlier.rows)
-    return [values.to(dtype) for values in inputs]
+        inputs["earlier"] = task.earlier.rows
+    return {name: values.to(dtype) for name, values in inputs.items()}
 
 
 @torch.no_grad()

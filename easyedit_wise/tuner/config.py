@@ -33,6 +33,8 @@ class WiseConfig(PeftConfig):
         seed: seed of the live shard's mask.
         pooling: how a sequence's score is pooled over its tokens ("mean", "max", "last").
         score_activation: None for Eq. 3; a name such as "silu" for EasyEdit's variant.
+        relative_scores: the score of a token is divided by its activation's norm, and of several memories the one
+            answers that exceeds its own epsilon by the largest factor.
         memories: the stage of each side memory, in order ("live", "shard", "merged"). Kept
             up to date by the layer, so that a saved adapter can be rebuilt before its weights load.
     """
@@ -55,6 +57,9 @@ class WiseConfig(PeftConfig):
     pooling: str = field(default="mean", metadata={"help": "Pooling of the score over a sequence's tokens."})
     score_activation: str | None = field(
         default=None, metadata={"help": "None: Eq. 3. A name: EasyEdit's variant with that activation."}
+    )
+    relative_scores: bool = field(
+        default=False, metadata={"help": "Divide the score by the activation's norm, and compare it with epsilon."}
     )
     memories: list[str] = field(
         default_factory=lambda: ["live"], metadata={"help": "Stage of each side memory, in order."}

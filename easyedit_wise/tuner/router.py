@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..routing import MAIN_MEMORY, choose_memory, pool, upstream_activation
+from ..routing import MAIN_MEMORY, choose_memory, pool, relative_activation, upstream_activation
 from ..screening import SKETCH_ROWS, next_to_score, score_bounds
 from .config import WiseConfig
 from .memory import SideMemory
@@ -18,6 +18,7 @@ from .sketches import SketchCache
 
 # With fewer memories their products cost less than the screening.
 SCREEN_FROM = 4
+_TINY = torch.finfo(torch.float32).tiny
 
 Product = Callable[[Tensor, Tensor], Tensor]
 
@@ -98,6 +99,7 @@ def _pays(candidates: Sequence[Candidate]) -> bool:
         len(candidates) >= SCREEN_FROM
         and first.memory.delta_weight.shape[0] > 2 * SKETCH_ROWS
         and all(c.config.score_activation is None and c.config.pooling == first.config.pooling for c in candidates)
+        and all(c.config.relative_scores == first.config.relative_scores for c in candidates)
     )
 
 
@@ -116,6 +118,9 @@ class _Prefill:
         self.x, self.base_output, self.result = x, base_output, base_output
         self.candidates, self.product, self.token_mask = candidates, product, token_mask
         self.epsilon = torch.stack([candidate.memory.epsilon.to(x.device) for candidate in candidates])
+        # Scores in units of each memory's own epsilon, where they are not to be compared as they are.
+        relative = any(candidate.config.relative_scores for candidate in candidates)
+        self.unit = self.epsilon.clamp(min=_TINY) if relative else torch.ones_like(self.epsilon)
         shape = (x.shape[0], len(candidates))
         self.scores = torch.zeros(shape, device=x.device)
         self.known = torch.zeros(shape, dtype=torch.bool, device=x.device)
@@ -135,13 +140,13 @@ class _Prefill:
         mask = self.token_mask if rows is None or self.token_mask is None else self.token_mask[rows]
         which = slice(None) if rows is None else rows
         product = self.product(x, memory.delta_weight)
-        score = _score(product, base, mask, config).detach().to(self.scores.dtype)
+        score = _score(x, product, base, mask, config).detach().to(self.scores.dtype)
         if self.fixed is not None:
             score = torch.where(self.fixed[which], self.scores[which, index], score)
         self.scores[which, index] = score
         self.known[which, index] = True
         known_scores = torch.where(self.known, self.scores, torch.full_like(self.scores, -math.inf))
-        self.choice = choose_memory(known_scores, self.epsilon)
+        self.choice = choose_memory(known_scores / self.unit, self.epsilon / self.unit)
         leads = (self.choice[which] == index).nonzero().squeeze(-1)
         if len(leads) == len(self.x):
             self.result = self.base_output + product.to(self.base_output.dtype)
@@ -154,13 +159,16 @@ class _Prefill:
         """Measure only what the choice needs."""
         with torch.no_grad():
             pooling = self.candidates[0].config.pooling
-            estimates, upper = score_bounds(self.x, sketches, self.token_mask, pooling)
+            relative = self.candidates[0].config.relative_scores
+            x = self.x.float() / self.x.float().norm(dim=-1, keepdim=True).clamp(min=_TINY) if relative else self.x
+            estimates, upper = score_bounds(x, sketches, self.token_mask, pooling)
         if self.earlier is not None and self.fixed is not None:
             estimates = torch.where(self.fixed[:, None], self.scores, estimates)
             upper = upper.masked_fill(self.fixed[:, None], -math.inf)
             self._measure_leading(torch.where(self.fixed, self.earlier.choice, MAIN_MEMORY))
         self.scores = torch.where(self.known, self.scores, estimates)
-        while self._measure_leading(next_to_score(upper, self.epsilon, self.scores, self.known)):
+        limit, upper = self.epsilon / self.unit, upper / self.unit
+        while self._measure_leading(next_to_score(upper, limit, self.scores / self.unit, self.known)):
             pass
 
     def _measure_leading(self, leading: Tensor) -> bool:
@@ -178,8 +186,10 @@ class _Prefill:
         return Route(self.choice, self.scores, self.epsilon, names, decided, self.known)
 
 
-def _score(product: Tensor, base_output: Tensor, token_mask: Tensor | None, config: WiseConfig) -> Tensor:
-    if config.score_activation is None:
+def _score(x: Tensor, product: Tensor, base_output: Tensor, token_mask: Tensor | None, config: WiseConfig) -> Tensor:
+    if config.relative_scores:
+        token_scores = relative_activation(product, x)
+    elif config.score_activation is None:
         token_scores = product.norm(dim=-1)
     else:
         base = base_output.to(product.dtype)

@@ -1,0 +1,56 @@
+"""Settings of what is not in the paper: the closed-form shard, and other forms of an edit's prompt."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .checks import check_choice, check_count, check_switch, is_number
+
+MASKS = ("random", "columns")
+
+
+@dataclass(kw_only=True)
+class ConsolidationSettings:
+    """The part of ``WISEHyperParams`` that is about ``least_squares`` and ``editing.variations``.
+
+    Raises:
+        ValueError: from ``WISEHyperParams``, whose other fields these are checked against.
+    """
+
+    consolidation: float = 0.0
+    """Over 0: after each edit the shard's dW is the least-squares solution that says what each of its edits was trained
+    to and is quiet on irrelevant prompts, which count as this many tokens; they need no margin loss (Eq. 5) then.
+    0: dW stays as the iterations leave it (the paper's). Needs ``mask: columns``."""
+    mask: str = "random"
+    """A shard's subspace: "random" entries of dW (the paper's) or random whole "columns"."""
+    relative_scores: bool = False
+    """True: Delta_act is divided by || A(x) ||, token by token, and of several memories the one answers that exceeds
+    its own epsilon by the largest factor. Needs ``consolidation``: the margins of Eq. 5 are of the paper's score."""
+    other_subjects: int = 0
+    """Irrelevant prompts of ``consolidation`` that are the edit's own with another subject in its place."""
+    varied_contexts: bool = False
+    """True: the contexts are the prompt behind a prefix, the prompt with words left out, and its subject alone behind
+    a prefix, in turn. Without a known subject the third is the second behind a prefix."""
+
+    def validate_consolidation(self) -> None:
+        """Check these fields alone.
+
+        Raises:
+            ValueError: naming the first value that does not fit, the limit and the cure.
+        """
+        value = self.consolidation
+        if not is_number(value) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"consolidation is {value!r}: it must be a finite number of at least 0.")
+        check_choice("mask", self.mask, MASKS)
+        check_count("other_subjects", self.other_subjects)
+        for name in ("relative_scores", "varied_contexts"):
+            check_switch(name, getattr(self, name))
+        if value > 0 and self.mask != "columns":
+            raise ValueError(
+                f"consolidation is {value} with mask: {self.mask}, but only a shard of whole columns is one "
+                "least-squares problem: set mask: columns, or consolidation: 0."
+            )
+        for name in ("relative_scores", "other_subjects"):
+            if getattr(self, name) and value == 0:
+                raise ValueError(f"{name} is {getattr(self, name)} without consolidation: set consolidation: 300, too.")

@@ -1,0 +1,114 @@
+"""An open shard in closed form: what its edits add to the least-squares problem, and the solution as its dW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..hparams import WISEHyperParams
+from ..least_squares import NormalEquations
+from .open_shard import RecordedEdit
+from .scored import ScoredInputs
+from .task import EditTask
+
+# A context beside the plain prompt counts as this share of it.
+_CONTEXT_WEIGHT = 0.3
+
+
+def columns_of(mask: Tensor) -> Tensor:
+    """The columns that a mask leaves free, int64, shape (n,).
+
+    Raises:
+        ValueError: the mask is not of whole columns.
+    """
+    free = mask.any(dim=0)
+    if not torch.equal(free, mask.all(dim=0)):
+        raise ValueError(
+            "the open shard was begun with a mask of random entries, and consolidation needs whole columns: go on with "
+            "consolidation: 0 until the shard is full, or restore the model first."
+        )
+    return free.nonzero().squeeze(-1)
+
+
+def trained_on_silence(neutral: ScoredInputs) -> ScoredInputs:
+    """The half of the neutral prompts that a shard is made quiet on."""
+    return neutral.select(torch.arange(0, len(neutral), 2))
+
+
+def held_out(neutral: ScoredInputs) -> ScoredInputs:
+    """The other half: what a shard was not made quiet on says how quiet it is, so epsilon is set from these."""
+    return neutral.select(torch.arange(1, len(neutral), 2))
+
+
+def opened(
+    mask: Tensor, neutral: ScoredInputs, elsewhere: Sequence[RecordedEdit], hparams: WISEHyperParams
+) -> NormalEquations:
+    """The problem of a shard without edits: quiet on neutral prompts, and on edits that other memories hold.
+
+    Args:
+        mask: the shard's, bool, shape (d_out, d_in).
+        neutral: all neutral prompts.
+        elsewhere: edits of other memories.
+        hparams: settings.
+    """
+    silent = trained_on_silence(neutral).activations
+    equations = NormalEquations.empty(columns_of(mask), mask.shape[0])
+    equations = equations.silent_on(silent, hparams.consolidation / len(silent))
+    for edit in elsewhere:
+        equations = equations.silent_on(edit.answered.activations, 1.0)
+    return equations
+
+
+def rebuilt(equations: NormalEquations, edits: Sequence[RecordedEdit], delta_weight: Tensor) -> NormalEquations:
+    """With edits of which only the texts are known, as after loading: they shall say what dW says now."""
+    for edit in edits:
+        tokens = edit.answered.activations.to(delta_weight)
+        equations = equations.saying(tokens, tokens @ delta_weight.T, tokens.new_ones(len(tokens)))
+        if edit.irrelevant is not None:
+            equations = equations.silent_on(edit.irrelevant.activations, 1.0)
+    return equations
+
+
+@torch.no_grad()
+def with_trained(
+    equations: NormalEquations,
+    task: EditTask,
+    own: Sequence[ScoredInputs | None],
+    delta_weight: Tensor,
+    hparams: WISEHyperParams,
+) -> NormalEquations:
+    """With the edits of a task, which shall say what dW, just trained, says at every token of their contexts.
+
+    Args:
+        equations: the shard's so far.
+        task: the edits.
+        own: the irrelevant prompt of each edit that has one.
+        delta_weight: dW as it was trained, shape (d_out, d_in).
+        hparams: settings.
+    """
+    for recorded in task.contexts:
+        rows, length = recorded.batch.input_ids.shape
+        row = recorded.positions // length
+        plain = row % (rows // task.n_edits) == 0
+        # The plain prompt stands in every group, and counts once.
+        weights = torch.where(plain, 1.0 / len(task.contexts), _CONTEXT_WEIGHT)
+        tokens = recorded.activations
+        equations = equations.saying(tokens, tokens @ delta_weight.T, weights)
+    for irrelevant in own:
+        if irrelevant is not None:
+            equations = equations.silent_on(irrelevant.activations, 1.0)
+    if task.about_others is not None:
+        # All of an edit's together count as one prompt.
+        equations = equations.silent_on(task.about_others.activations, 1.0 / hparams.other_subjects)
+    return equations
+
+
+@torch.no_grad()
+def write_solution(equations: NormalEquations, delta_weight: Tensor, limit: float | None) -> None:
+    """Solve, and put the solution into dW, entries clamped to ``limit``."""
+    solution = equations.solution()
+    if limit is not None:
+        solution.clamp_(-limit, limit)
+    delta_weight[:, equations.columns] = solution.to(delta_weight)

@@ -1,0 +1,137 @@
+"""From requests to what they train on: contexts, irrelevant prompts, edits of other memories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..data import other_subjects
+from ..hparams import WISEHyperParams
+from ..least_squares import NormalEquations
+from ..tuner.memory import MemoryState
+from .consolidated import opened, rebuilt
+from .contexts import context_groups, in_groups
+from .open_shard import OpenShard
+from .recorder import PromptRecorder
+from .requests import EditRequest
+from .scored import ScoredInputs
+from .task import EditTask
+from .variations import about_others, varied_contexts
+from .whole_matrix import base_weight
+
+_PAST_EDITS_REPLAYED = 8
+# Edits of other memories that a consolidated shard is made quiet on.
+_PAST_EDITS_SILENCED = 256
+
+
+class TaskMaker:
+    """Makes the tasks of one stream.
+
+    Args:
+        recorder: records prompts at the layer, with the present settings.
+        generator: the stream's random numbers.
+    """
+
+    def __init__(self, recorder: PromptRecorder, generator: torch.Generator) -> None:
+        self._recorder = recorder
+        self._generator = generator
+
+    @property
+    def hparams(self) -> WISEHyperParams:
+        """The settings of the edits to come."""
+        return self._recorder.hparams
+
+    def task(
+        self,
+        requests: Sequence[EditRequest],
+        own: Sequence[ScoredInputs | None],
+        elsewhere: Sequence[EditRequest],
+        shard: OpenShard,
+    ) -> EditTask:
+        """What some edits of one shard train on.
+
+        Args:
+            requests: the edits.
+            own: the irrelevant prompt of each that has one.
+            elsewhere: edits that other memories hold.
+            shard: what is remembered of the shard's earlier edits.
+        """
+        groups = zip(*(self._context_groups(request) for request in requests), strict=True)
+        contexts = [self._recorder.contexts(prompts, requests) for prompts in groups]
+        others = self._about_others(requests)
+        irrelevant, irrelevant_of = self._irrelevant_inputs(own)
+        past = self._past_inputs(elsewhere) if self.hparams.replay else None
+        whole = base_weight(self._recorder.layer.get_base_layer()) if self.hparams.decay_whole_matrix else None
+        return EditTask(
+            contexts, irrelevant, past, shard.rehearsed, irrelevant_of, about_others=others, base_weight=whole
+        )
+
+    def own_irrelevant(self, requests: Sequence[EditRequest]) -> list[ScoredInputs | None]:
+        """The irrelevant prompt of each request that has one."""
+        if not self.hparams.padding_counts:
+            return self._recorder.own_irrelevant(requests)
+        return [self._recorder.padded_irrelevant(self._context_groups(one)[0], one) for one in requests]
+
+    def equations(
+        self, live: MemoryState, held: Sequence[EditRequest], elsewhere: Sequence[EditRequest]
+    ) -> NormalEquations:
+        """The least-squares problem of a shard that was just begun, or of one that goes on after loading.
+
+        Args:
+            live: the shard.
+            held: the edits that it holds.
+            elsewhere: edits that other memories hold.
+
+        Raises:
+            ValueError: its mask is not of whole columns.
+        """
+        if live.mask is None:
+            raise ValueError("the open shard has no mask: restore the model, or go on with consolidation: 0.")
+        picked = torch.randperm(len(elsewhere), generator=self._generator)[:_PAST_EDITS_SILENCED].tolist()
+        recorded = [one for some in self._recorder.edits([elsewhere[index] for index in picked]) for one in some]
+        equations = opened(live.mask, self._recorder.neutral(), recorded, self.hparams)
+        for some in self._recorder.edits(held):
+            equations = rebuilt(equations, some, live.delta_weight)
+        return equations
+
+    def _context_groups(self, request: EditRequest) -> list[list[str]]:
+        prefixes, size = self._recorder.prefixes(), self.hparams.contexts_per_step
+        if not self.hparams.varied_contexts:
+            return context_groups(request.prompt, prefixes, size, self.hparams.fixed_contexts)
+        varied = varied_contexts(request.prompt, request.subject, prefixes, self._generator)
+        return in_groups(request.prompt, varied, size)
+
+    def _about_others(self, requests: Sequence[EditRequest]) -> ScoredInputs | None:
+        """The prompt of each request whose subject is known, about other subjects."""
+        texts: list[str] = []
+        for request in requests:
+            if request.subject is not None:
+                count, named = self.hparams.other_subjects, other_subjects()
+                texts += about_others(request.prompt, request.subject, named, count, self._generator)
+        return self._recorder.scored([self._recorder.rendered(text) for text in texts]) if texts else None
+
+    def _irrelevant_inputs(self, own: Sequence[ScoredInputs | None]) -> tuple[ScoredInputs, list[Tensor]]:
+        """x_i of Eq. 5: each request's own irrelevant prompt, and packaged neutral ones for all of them.
+
+        Returns:
+            (the prompts, which of them are each request's).
+        """
+        n_neutral = max(self.hparams.irrelevant_prompts, 1 if None in own else 0)
+        neutral = self._recorder.neutral()
+        picked = torch.randperm(len(neutral), generator=self._generator)[:n_neutral]
+        given = [one for one in own if one is not None]
+        shared = list(range(len(given), len(given) + n_neutral))
+        numbers = iter(range(len(given)))
+        device = neutral.activations.device  # an index on the host would be copied over in every iteration
+        rows = [torch.tensor(shared if one is None else [next(numbers), *shared], device=device) for one in own]
+        # In the dtype of dW, so that the iterations need no second copy.
+        return ScoredInputs.stack([*given, neutral.select(picked)]).to(torch.float32), rows
+
+    def _past_inputs(self, elsewhere: Sequence[EditRequest]) -> ScoredInputs | None:
+        """x_m of Appendix B.3: edits that other memories hold, drawn anew for every edit."""
+        if not elsewhere:
+            return None
+        picked = torch.randperm(len(elsewhere), generator=self._generator)[:_PAST_EDITS_REPLAYED]
+        return self._recorder.scored([self._recorder.rendered(elsewhere[index].prompt) for index in picked.tolist()])

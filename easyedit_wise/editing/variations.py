@@ -1,0 +1,65 @@
+"""Other forms of an edit's prompt, made from its text alone.
+
+A rephrasing keeps the subject and changes the rest; a near-by prompt keeps the rest and changes the subject. Neither
+is known when an edit is made, so both are imitated: words beside the subject are left out, and other subjects are put
+in its place. Not in the paper, which puts random prefixes before the prompt and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def words_left_out(prompt: str, subject: str | None, share: float, generator: torch.Generator) -> str:
+    """The prompt with some of the words beside its subject left out.
+
+    Args:
+        prompt: x_e.
+        subject: stays whole, with the punctuation that is glued to it; None: every word may go, but not all.
+        share: the chance of each word to go, in [0, 1].
+        generator: the only source of randomness, on the CPU.
+    """
+    before, named, after = prompt.partition(subject) if subject else (prompt, "", "")
+    glued = after.split(maxsplit=1)[0] if after[:1].strip() else ""  # "'s", "?" and the like
+    left, right = before.split(), after[len(glued) :].split()
+    stays = (torch.rand(len(left) + len(right), generator=generator) >= share).tolist()
+    kept_left = [word for word, stay in zip(left, stays[: len(left)], strict=True) if stay]
+    kept_right = [word for word, stay in zip(right, stays[len(left) :], strict=True) if stay]
+    text = " ".join([*kept_left, *([named + glued] if named else []), *kept_right])
+    return text or prompt
+
+
+def about_others(prompt: str, subject: str, others: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
+    """The same question about other subjects: what the edit must leave alone.
+
+    Args:
+        prompt: x_e.
+        subject: occurs in it.
+        others: names to choose from, each at most once; the subject itself is not chosen.
+        count: how many.
+        generator: the only source of randomness, on the CPU.
+    """
+    names = [name for name in others if name.casefold() != subject.casefold()]
+    picked = torch.randperm(len(names), generator=generator)[:count].tolist()
+    return [prompt.replace(subject, names[index]) for index in picked]
+
+
+def varied_contexts(
+    prompt: str, subject: str | None, prefixes: Sequence[str], generator: torch.Generator, share: float = 0.5
+) -> list[str]:
+    """One context for each prefix, of three kinds that take turns.
+
+    The prompt behind a prefix, as in the paper; the prompt with words left out; the subject alone behind a prefix, so
+    that the answer follows from whom or what a question is about. Where the subject is not known, the third is the
+    prompt with words left out behind a prefix.
+    """
+    contexts = []
+    for index, prefix in enumerate(prefixes):
+        kind = index % 3
+        text = prompt if kind == 0 else words_left_out(prompt, subject, share, generator)
+        if kind == 2 and subject:
+            text = subject
+        contexts.append(text if kind == 1 else f"{prefix}. {text}")
+    return contexts
