@@ -12,6 +12,7 @@ from ..least_squares import NormalEquations
 from .open_shard import RecordedEdit
 from .scored import ScoredInputs
 from .task import EditTask
+from .trainer import EditDivergedError
 
 # A context beside the plain prompt counts as this share of it.
 _CONTEXT_WEIGHT = 0.3
@@ -107,8 +108,21 @@ def with_trained(
 
 @torch.no_grad()
 def write_solution(equations: NormalEquations, delta_weight: Tensor, limit: float | None) -> None:
-    """Solve, and put the solution into dW, entries clamped to ``limit``."""
-    solution = equations.solution()
+    """Solve, and put the solution into dW, entries clamped to ``limit``.
+
+    Raises:
+        EditDivergedError: the solution is not finite; dW is as it was.
+    """
+    try:
+        solution = equations.solution()
+        finite = bool(torch.isfinite(solution).all())
+    except torch.linalg.LinAlgError:  # what is not finite has no Cholesky factor
+        finite = False
+    if not finite:
+        raise EditDivergedError(
+            "what the last edit was trained to overflows the shard's least-squares problem: the edit was taken back "
+            "and earlier edits are as they were. Lower edit_lr."
+        )
     if limit is not None:
         solution.clamp_(-limit, limit)
     delta_weight[:, equations.columns] = solution.to(delta_weight)

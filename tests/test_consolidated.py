@@ -1,0 +1,123 @@
+"""A stream whose shards are least-squares solutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS
+from editing_helpers import only_layer, requests, settings, stream_on
+
+from easyedit_wise.easyedit.apply import apply_wise_to_model
+from easyedit_wise.editing.trainer import EditDivergedError
+from easyedit_wise.persistence import load_edits, save_edits
+from easyedit_wise.tuner.switch import last_route
+
+ON: dict[str, Any] = {
+    "consolidation": 100.0,
+    "mask": "columns",
+    "mask_ratio": 0.5,
+    "relative_scores": True,
+    "other_subjects": 3,
+    "varied_contexts": True,
+    "n_contexts": 3,
+    "n_iter": 6,
+    "layer_units": True,
+    "edit_lr": 0.3,
+    "optimizer": "lion",
+    "save_freq": 3,
+    "merge_freq": 3,
+    "retrieve": True,
+    "densities": 1.0,
+}
+
+
+def about(n: int) -> list[dict[str, Any]]:
+    return [{**one, "subject": one["prompt"].split()[-2]} for one in requests(n)]
+
+
+def test_only_the_subspaces_columns_change(llama: Any, tok: Any) -> None:
+    apply_wise_to_model(llama, tok, about(2), settings(**ON))
+    (state,) = only_layer(llama).memories("default")
+    assert state.mask is not None
+    columns = state.mask.any(dim=0)
+    assert torch.equal(columns, state.mask.all(dim=0))
+    assert int(columns.sum()) == state.mask.shape[1] // 2
+    assert state.delta_weight[:, columns].any()
+    assert not state.delta_weight[:, ~columns].any()
+
+
+def test_the_solution_says_what_the_edit_was_trained_to(llama: Any, tok: Any) -> None:
+    """With nearly nothing to be quiet on, the least-squares solution is what training gave."""
+    learned: dict[float, torch.Tensor] = {}
+    for weight in (1e-3, 1e3):
+        alone = {**ON, "consolidation": weight, "other_subjects": 0}
+        model, restore = apply_wise_to_model(llama, tok, about(1), settings(**alone))
+        equations = stream_on(model)._open_shard.equations  # type: ignore[union-attr]  # an edit was made
+        assert equations is not None
+        said = only_layer(model).memories("default")[0].delta_weight[:, equations.columns] @ equations.edits
+        learned[weight] = (said - equations.outputs).norm() / equations.outputs.norm()
+        restore()
+    assert learned[1e-3] < 0.05 < 0.5 < learned[1e3]
+
+
+def test_full_shards_become_memories_and_each_opens_quiet_on_the_others(llama: Any, tok: Any) -> None:
+    model, _ = apply_wise_to_model(llama, tok, about(5), settings(**ON))
+    states = only_layer(model).memories("default")
+    assert [(state.stage, state.n_edits) for state in states] == [("merged", 3), ("live", 2)]
+    open_shard = stream_on(model)._open_shard
+    assert open_shard is not None
+    assert open_shard.equations is not None
+    model(**tok("The capital of France is", return_tensors="pt"))
+    route = last_route(model)
+    assert route is not None
+    assert len(route.memories) == 2
+
+
+def test_a_failed_edit_leaves_everything_as_it_was(llama: Any, tok: Any) -> None:
+    model, _ = apply_wise_to_model(llama, tok, about(2), settings(**ON))
+    stream = stream_on(model)
+    before = only_layer(model).memories("default")[0].delta_weight.clone()
+    shard = stream._open_shard
+    with pytest.raises(EditDivergedError):
+        apply_wise_to_model(model, tok, about(3)[2:], settings(**ON | {"edit_lr": 1e38, "norm_constraint": None}))
+    assert torch.equal(only_layer(model).memories("default")[0].delta_weight, before)
+    assert stream._open_shard is shard
+
+
+def test_a_loaded_open_shard_goes_on(llama: Any, tok: Any, tmp_path: Any) -> None:
+    import copy
+
+    fresh = copy.deepcopy(llama)
+    apply_wise_to_model(llama, tok, about(2), settings(**ON))
+    save_edits(llama, tmp_path / "edits")
+    load_edits(fresh, tmp_path / "edits")
+    apply_wise_to_model(fresh, tok, about(3)[2:], settings(**ON))
+    (state,) = only_layer(fresh).memories("default")
+    assert (state.stage, state.n_edits) == ("merged", 3)
+    assert torch.isfinite(state.delta_weight).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": "random"}, "set mask: columns"),
+        ({"consolidation": 0.0}, "without consolidation"),
+        ({"consolidation": -1.0}, "at least 0"),
+        ({"replay": True}, "replay is on with consolidation"),
+        ({"mask": "rows"}, "random, columns"),
+    ],
+)
+def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(LAYERS["llama"], **ON | changes)
+
+
+def test_a_shard_begun_with_random_entries_is_refused(llama: Any, tok: Any) -> None:
+    begun = {**ON, "consolidation": 0.0, "mask": "random", "relative_scores": False, "other_subjects": 0}
+    apply_wise_to_model(llama, tok, about(1), settings(**begun))
+    before = only_layer(llama).memories("default")[0].delta_weight.clone()
+    with pytest.raises(ValueError, match="whole columns"):
+        apply_wise_to_model(llama, tok, about(2)[1:], settings(**ON | {"relative_scores": False}))
+    assert torch.equal(only_layer(llama).memories("default")[0].delta_weight, before)
