@@ -16,7 +16,7 @@ help:
 	@echo "make test       all tests, the real model's too"
 	@echo "make test-fast  all tests but the slow ones"
 	@echo "make lint       ruff and mypy"
-	@echo "make bench      the four benchmarks, short (about 10 minutes; EASYEDIT_HOME=... adds EasyEdit's own WISE)"
+	@echo "make bench      the four benchmarks, short (8 to 10 minutes; EASYEDIT_HOME=... adds EasyEdit's own WISE)"
 	@echo "make bench-full the same in full (about an hour)"
 	@echo "make format     let ruff format the code"
 
