@@ -55,6 +55,13 @@ def test_other_subjects_take_the_place_of_the_edits_own() -> None:
     assert len(about_others("x of y", "y", other_subjects(), 8, seeded())) == 8
 
 
+def test_none_asked_for_draws_no_random_number() -> None:
+    generator = seeded()
+    before = generator.get_state()
+    assert about_others("The capital of France is", "France", other_subjects(), 0, generator) == []
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_the_packaged_names_are_not_the_demos() -> None:
     asked = " ".join(
         text

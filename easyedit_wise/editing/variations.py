@@ -41,6 +41,8 @@ def about_others(prompt: str, subject: str, others: Sequence[str], count: int, g
         count: how many.
         generator: the only source of randomness, on the CPU.
     """
+    if not count:
+        return []  # without a draw: settings that ask for none keep their random numbers
     names = [name for name in others if name.casefold() != subject.casefold()]
     picked = torch.randperm(len(names), generator=generator)[:count].tolist()
     return [prompt.replace(subject, names[index]) for index in picked]
