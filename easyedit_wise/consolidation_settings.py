@@ -18,18 +18,18 @@ class ConsolidationSettings:
         ValueError: from ``WISEHyperParams``, whose other fields these are checked against.
     """
 
-    consolidation: float = 0.0
+    consolidation: float = 300.0
     """Over 0: after each edit the shard's dW is the least-squares solution that says what each of its edits was trained
     to and is quiet on irrelevant prompts, which count as this many tokens; they need no margin loss (Eq. 5) then.
     0: dW stays as the iterations leave it (the paper's). Needs ``mask: columns``."""
-    mask: str = "random"
+    mask: str = "columns"
     """A shard's subspace: "random" entries of dW (the paper's) or random whole "columns"."""
-    relative_scores: bool = False
+    relative_scores: bool = True
     """True: Delta_act is divided by || A(x) ||, token by token, and of several memories the one answers that exceeds
     its own epsilon by the largest factor. Needs ``consolidation``: the margins of Eq. 5 are of the paper's score."""
-    other_subjects: int = 0
+    other_subjects: int = 8
     """Irrelevant prompts of ``consolidation`` that are the edit's own with another subject in its place."""
-    varied_contexts: bool = False
+    varied_contexts: bool = True
     """True: the contexts are the prompt behind a prefix, the prompt with words left out, and its subject alone behind
     a prefix, in turn. Without a known subject the third is the second behind a prefix."""
 
@@ -53,4 +53,7 @@ class ConsolidationSettings:
             )
         for name in ("relative_scores", "other_subjects"):
             if getattr(self, name) and value == 0:
-                raise ValueError(f"{name} is {getattr(self, name)} without consolidation: set consolidation: 300, too.")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} without consolidation: set consolidation: 300, too, or take "
+                    "preset: margin, which has neither."
+                )

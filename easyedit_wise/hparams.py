@@ -31,7 +31,7 @@ from .presets import implied_preset, preset_values
 from .routing import POOLINGS
 
 OBJECTIVES = ("only_label", "prompt_and_label")
-OPTIMIZERS = ("sgd", "adam", "lion")
+OPTIMIZERS = ("steepest", "sgd", "adam", "lion")
 _SWITCHES = (
     "retrieve",
     "replay",
@@ -48,7 +48,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     """Settings of WISE. Names follow EasyEdit's YAML keys; the paper's symbols are given in brackets.
 
     The defaults below are this package's own, the one place where they are written: they hold for any model, since
-    steps and margins count in the layer's own units. :meth:`from_preset` gives the paper's or EasyEdit's instead.
+    steps and margins count in the layer's own units. :meth:`from_preset` gives others' instead.
 
     Raises:
         ValueError: a value is outside its range; the message names the value, the limit and the cure.
@@ -63,16 +63,18 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     """Read by EasyEdit only; here the device is where the edited layer's weight lies."""
 
     # Training of one edit
-    edit_lr: float = 0.45
-    """eta; of "lion" in ``layer_units``, unless said otherwise. The paper's 1.0 is of "sgd"."""
-    n_iter: int = 12
-    optimizer: str = "lion"
-    """"sgd" (the paper's), or "adam" or "lion", whose steps do not depend on the size of the loss."""
+    edit_lr: float = 0.3
+    """eta; of "steepest" in ``layer_units``, unless said otherwise. "lion" wants 0.45; the paper's 1.0 is of "sgd"."""
+    n_iter: int = 20
+    optimizer: str = "steepest"
+    """"steepest" with ``consolidation`` and with it alone; without it "sgd" (the paper's), or "adam" or "lion", whose
+    steps do not depend on the size of the loss."""
     lr_end: float = 0.1
     """The last iteration's step as a share of the first one's, linear in between; 1 keeps it constant."""
     layer_units: bool = True
     """True: alpha, beta, gamma count in 1/64 of the mean norm of the layer's own output, and edit_lr is the share of
-    its own size by which one step of every masked entry could change it. Then one set of values fits any model."""
+    its own size by which the first step may change it: of "steepest" at the token that changes most, of the others
+    where every masked entry pulls alike. Then one set of values fits any model."""
     weight_decay: float = 0.0
     """Decay of dW inside the mask; the paper has none, EasyEdit 1e-5 (see ``decay_whole_matrix``)."""
     norm_constraint: float | None = 1.0
@@ -90,34 +92,37 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     act_ratio: float | None = None
     """None: epsilon is calibrated from the edits' and irrelevant prompts' own scores. A number: epsilon =
     act_ratio * min over the edits (1.0 is the paper's rule, EasyEdit's files tune it per model)."""
-    epsilon_position: float = 0.5
+    epsilon_position: float = 0.75
     """Where in the gap between irrelevant prompts (0) and edits (1) a calibrated epsilon lies."""
-    pooling: str = "mean"
+    pooling: str = "max"
+    """Of a prompt's token scores: "mean" (the paper's code), "max", which finds a subject in long prompts, or "last"."""
     subject_routing: bool = False
     """True: where a request names its subject, its tokens shall activate the memory and the prompt's other
     tokens shall not. Goes with ``pooling: max``."""
 
     # Sharding and merging
-    mask_ratio: float = 0.2
-    """rho"""
-    save_freq: int | None = 7
+    mask_ratio: float = 1.0
+    """rho; the paper's is 0.2"""
+    save_freq: int | None = 10
     """Edits a shard; merge_freq / save_freq is k. The paper's are 500 and 1000."""
-    merge_freq: int = 14
+    merge_freq: int = 10
     merge_alg: str = "ties"
-    densities: float | None = 0.53
+    densities: float | None = 1.0
+    """The share of each shard that TIES keeps; the paper's is 0.53. A solution is not to be trimmed."""
     weights: float | None = 1.0
     """lambda: each of the k shards weighs weights / k (cancels in operators that take a mean)."""
-    retrieve: bool = False
+    retrieve: bool = True
     """False: WISE-Merge, one side memory. True: WISE-Retrieve, a new side memory at every merge."""
     irrelevant_prompts: int = 40
     """Packaged neutral prompts that join the request's own x_i in Eq. 5; a request without one gets at least one."""
     replay: bool = False
     """Appendix B.3: keep the memory in training quiet on edits that other memories hold."""
-    rehearsal: float = 0.1
-    """Weight c of the rehearsal loss on the shard's earlier edits; 0 switches it off (the paper has none)."""
+    rehearsal: float = 0.0
+    """Weight c of the rehearsal loss on the shard's earlier edits; 0 switches it off (the paper has none).
+    Without ``consolidation`` 0.1 is a good value."""
 
     # Prefix augmentation
-    n_contexts: int = 10
+    n_contexts: int = 19
     context_length: int = 10
     contexts_per_step: int | None = 4
     """Contexts of one iteration, the plain prompt among them; the iterations take turns. None: all of them."""
@@ -217,11 +222,18 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
 
     def _validate_together(self) -> None:
         """EasyEdit's arithmetic, and consolidation, exist for some settings only."""
-        for name in ("replay", "decay_whole_matrix", "subject_routing"):
+        if (self.optimizer == "steepest") != (self.consolidation > 0):
+            raise ValueError(
+                f"optimizer is {self.optimizer!r} with consolidation: {self.consolidation}, but 'steepest' descends in "
+                "the norm of a consolidated shard and is its only one: set both, or take preset: margin, whose shards "
+                "are trained with margin losses by 'lion' or another optimizer."
+            )
+        for name in ("replay", "rehearsal", "weight_decay", "decay_whole_matrix", "subject_routing"):
             if self.consolidation and getattr(self, name):
                 raise ValueError(
-                    f"{name} is on with consolidation: {self.consolidation}, whose shards need no margin loss and are "
-                    f"quiet on other memories' edits as they are: set {name}: false, or consolidation: 0."
+                    f"{name} is {getattr(self, name)} with consolidation: {self.consolidation}, whose shards hold "
+                    "their earlier edits and are quiet on other memories' as they are, without a margin loss: leave it "
+                    "out, or take preset: margin."
                 )
         if self.padding_counts and (self.batch_size != 1 or self.contexts_per_step is not None):
             raise ValueError(
@@ -237,7 +249,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
 
     @classmethod
     def from_preset(cls, preset: str, inner_params: Sequence[str], **changes: Any) -> WISEHyperParams:
-        """The settings of a preset: "default", "paper", or "upstream" (EasyEdit's code).
+        """The settings of a preset: "default", "margin", "paper", or "upstream" (EasyEdit's code).
 
         Args:
             preset: its name.

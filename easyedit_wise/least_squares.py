@@ -60,15 +60,26 @@ class NormalEquations:
         own = activations[:, self.columns].to(self.quiet.dtype)
         return replace(self, quiet=self.quiet + weight * (own.T @ own))
 
+    def quiet_factor(self) -> Tensor:
+        """The Cholesky factor of K = sum_u v_u a_u a_u^T + lambda I, shape (n, n).
+
+        Raises:
+            ValueError: nothing is to be quiet, so that there is no scale for lambda.
+        """
+        return torch.linalg.cholesky(self._with_ridge(self.quiet))
+
     def solution(self) -> Tensor:
         """The columns of dW, shape (d_out, n).
 
         Raises:
             ValueError: nothing is to be quiet, so that there is no scale for lambda.
         """
+        factor = torch.linalg.cholesky(self._with_ridge(self.edits + self.quiet))
+        return torch.cholesky_solve(self.outputs.T, factor).T.contiguous()
+
+    def _with_ridge(self, matrix: Tensor) -> Tensor:
         scale = self.quiet.diagonal().mean()
         if not bool(scale > 0):
             raise ValueError("the least-squares problem has no irrelevant tokens: add some with silent_on().")
-        matrix = self.edits + self.quiet
-        matrix.diagonal().add_(_RIDGE * scale)
-        return torch.cholesky_solve(self.outputs.T, torch.linalg.cholesky(matrix)).T.contiguous()
+        ridge = torch.diag_embed((_RIDGE * scale).expand(len(matrix)))
+        return matrix + ridge

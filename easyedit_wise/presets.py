@@ -1,8 +1,9 @@
 """Named sets of settings, and which one fills up a mapping that does not name one.
 
-"default" is this package's own: the defaults of ``WISEHyperParams``, which are written nowhere else. "paper" is WISE
-as the paper has it (arXiv 2405.14768, Table 10 and Section 3.1). "upstream" is EasyEdit's code with the values that
-its files share. The latter two name *every* setting of the method, so that they stay when the defaults change.
+"default" is this package's own: the defaults of ``WISEHyperParams``, which are written nowhere else. "margin" is the
+paper's method, margin losses, random masks, TIES, with our optimiser, units and thresholds. "paper" is WISE as the paper
+has it (arXiv 2405.14768, Table 10 and Section 3.1). "upstream" is EasyEdit's code with the values that its files share.
+The latter three name *every* setting of the method, so that they stay when the defaults change.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from .checks import check_choice
 
-DEFAULT, PAPER, UPSTREAM = "default", "paper", "upstream"
+DEFAULT, MARGIN, PAPER, UPSTREAM = "default", "margin", "paper", "upstream"
 
 # What is edited and where, not how: no preset names these.
 NOT_OF_THE_METHOD = frozenset(
@@ -83,9 +84,26 @@ _UPSTREAM: dict[str, Any] = {
     "early_stop_patience": 1,
 }
 
+_MARGIN: dict[str, Any] = {
+    **_PAPER,
+    "edit_lr": 0.45,
+    "n_iter": 12,
+    "optimizer": "lion",
+    "lr_end": 0.1,
+    "layer_units": True,
+    "first_token_weight": 2.0,
+    "act_ratio": None,
+    "irrelevant_prompts": 40,
+    "save_freq": 7,
+    "merge_freq": 14,
+    "rehearsal": 0.1,
+    "contexts_per_step": 4,
+}
+
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         DEFAULT: MappingProxyType({}),
+        MARGIN: MappingProxyType(_MARGIN),
         PAPER: MappingProxyType(_PAPER),
         UPSTREAM: MappingProxyType(_UPSTREAM),
     }
@@ -108,7 +126,10 @@ def implied_preset(config: Mapping[str, Any]) -> str:
     ``edit_lr`` says nothing without its unit. EasyEdit's files all name it, and cannot name its unit, since for
     EasyEdit there is but one: the learning rate of SGD. So a mapping with ``edit_lr`` but neither ``optimizer`` nor
     ``layer_units`` is written in EasyEdit's terms, and the paper's values are what it leaves out. Every other one is
-    filled up with the defaults.
+    filled up with the defaults, but for one that switches ``consolidation`` off or names an optimiser that does not go
+    with it: that is "margin".
     """
-    in_easyedits_terms = "edit_lr" in config and not {"optimizer", "layer_units"} & set(config)
-    return PAPER if in_easyedits_terms else DEFAULT
+    if "edit_lr" in config and not {"optimizer", "layer_units"} & set(config):
+        return PAPER
+    without = config.get("optimizer", "steepest") != "steepest" or config.get("consolidation", 1.0) == 0
+    return MARGIN if without else DEFAULT

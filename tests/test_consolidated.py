@@ -25,7 +25,8 @@ ON: dict[str, Any] = {
     "n_iter": 6,
     "layer_units": True,
     "edit_lr": 0.3,
-    "optimizer": "lion",
+    "pooling": "max",
+    "optimizer": "steepest",
     "save_freq": 3,
     "merge_freq": 3,
     "retrieve": True,
@@ -103,9 +104,12 @@ def test_a_loaded_open_shard_goes_on(llama: Any, tok: Any, tmp_path: Any) -> Non
     ("changes", "message"),
     [
         ({"mask": "random"}, "set mask: columns"),
-        ({"consolidation": 0.0}, "without consolidation"),
+        ({"consolidation": 0.0}, "preset: margin"),
+        ({"consolidation": 0.0, "optimizer": "lion"}, "without consolidation"),
         ({"consolidation": -1.0}, "at least 0"),
-        ({"replay": True}, "replay is on with consolidation"),
+        ({"replay": True}, "replay is True with consolidation"),
+        ({"rehearsal": 0.1}, "rehearsal is 0.1 with consolidation"),
+        ({"optimizer": "lion"}, "set both"),
         ({"mask": "rows"}, "random, columns"),
     ],
 )
@@ -115,7 +119,8 @@ def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str)
 
 
 def test_a_shard_begun_with_random_entries_is_refused(llama: Any, tok: Any) -> None:
-    begun = {**ON, "consolidation": 0.0, "mask": "random", "relative_scores": False, "other_subjects": 0}
+    begun = {**ON, "consolidation": 0.0, "optimizer": "lion", "mask": "random"}
+    begun |= {"relative_scores": False, "other_subjects": 0}
     apply_wise_to_model(llama, tok, about(1), settings(**begun))
     before = only_layer(llama).memories("default")[0].delta_weight.clone()
     with pytest.raises(ValueError, match="whole columns"):

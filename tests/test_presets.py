@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from easyedit_wise.hparams import WISEHyperParams, packaged_hparams
-from easyedit_wise.presets import DEFAULT, NOT_OF_THE_METHOD, PAPER, PRESETS, UPSTREAM
+from easyedit_wise.presets import DEFAULT, MARGIN, NOT_OF_THE_METHOD, PAPER, PRESETS, UPSTREAM
 
 LAYER = ["model.layers[1].mlp.down_proj.weight"]
 FIELDS = {field.name for field in dataclasses.fields(WISEHyperParams)}
@@ -47,7 +47,7 @@ def changed(hparams: WISEHyperParams, base: WISEHyperParams) -> dict[str, Any]:
     return {name: value for name, value in method(hparams).items() if value != getattr(base, name)}
 
 
-@pytest.mark.parametrize("name", [PAPER, UPSTREAM])
+@pytest.mark.parametrize("name", [MARGIN, PAPER, UPSTREAM])
 def test_a_preset_names_every_setting_of_the_method(name: str) -> None:
     # Else a new default would change what it stands for.
     assert set(PRESETS[name]) == FIELDS - NOT_OF_THE_METHOD
@@ -57,7 +57,7 @@ def test_the_constructor_has_the_defaults_and_so_has_a_mapping_that_says_nothing
     plain = WISEHyperParams(inner_params=LAYER)
     assert WISEHyperParams.from_preset(DEFAULT, LAYER) == plain
     assert WISEHyperParams.from_dict({"inner_params": LAYER}) == plain
-    assert (plain.optimizer, plain.layer_units, plain.act_ratio) == ("lion", True, None)
+    assert (plain.optimizer, plain.layer_units, plain.act_ratio) == ("steepest", True, None)
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
@@ -90,10 +90,16 @@ def test_one_more_key_does_not_turn_easyedits_terms_into_ours(own: dict[str, Any
     }
 
 
-@pytest.mark.parametrize("unit", [{"layer_units": True}, {"optimizer": "lion"}], ids=str)
+@pytest.mark.parametrize("unit", [{"layer_units": True}, {"optimizer": "steepest"}], ids=str)
 def test_a_step_with_its_unit_is_in_our_terms(unit: dict[str, Any]) -> None:
     hparams = WISEHyperParams.from_dict({"inner_params": LAYER, "edit_lr": 0.2, **unit})
     assert changed(hparams, WISEHyperParams(inner_params=LAYER)) == {"edit_lr": 0.2}
+
+
+@pytest.mark.parametrize("own", [{"optimizer": "adam", "edit_lr": 0.2}, {"consolidation": 0}], ids=str)
+def test_what_goes_without_consolidation_is_trained_with_margins(own: dict[str, Any]) -> None:
+    hparams = WISEHyperParams.from_dict({"inner_params": LAYER, **own})
+    assert changed(hparams, WISEHyperParams.from_preset(MARGIN, LAYER)) == {k: v for k, v in own.items() if v}
 
 
 def test_a_setting_that_needs_no_unit_leaves_the_defaults() -> None:
@@ -104,7 +110,10 @@ def test_a_setting_that_needs_no_unit_leaves_the_defaults() -> None:
 @pytest.mark.parametrize("name", list(PRESETS))
 def test_what_is_named_overrides_the_preset(name: str, tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump({**EASYEDITS, "preset": name}), encoding="utf-8")
+    theirs = {**EASYEDITS, "preset": name}
+    if name == DEFAULT:
+        theirs.pop("replay")  # a margin loss
+    path.write_text(yaml.safe_dump(theirs), encoding="utf-8")
     base = WISEHyperParams.from_preset(name, LAYER)
     read = (
         WISEHyperParams.from_hparams(path)
@@ -141,8 +150,8 @@ def test_from_preset_takes_changes_and_easyedits_margin() -> None:
 @pytest.mark.parametrize(
     ("preset", "changes", "fragments"),
     [
-        ("papers", {}, ["preset is 'papers'", "did you mean 'paper'?", "default, paper, upstream"]),
-        (None, {}, ["preset is None", "default, paper, upstream"]),
+        ("papers", {}, ["preset is 'papers'", "did you mean 'paper'?", "default, margin, paper, upstream"]),
+        (None, {}, ["preset is None", "default, margin, paper, upstream"]),
         (["paper"], {}, ["preset is ['paper']"]),
         (PAPER, {"n_iters": 3}, ["'n_iters'", "did you mean 'n_iter'?"]),
         (UPSTREAM, {"batch_size": 4}, ["padding_counts", "batch_size 1", "not with 4"]),

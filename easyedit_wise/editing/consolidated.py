@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,11 +11,14 @@ from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from .open_shard import RecordedEdit
 from .scored import ScoredInputs
+from .steepest import train_steepest
 from .task import EditTask
-from .trainer import EditDivergedError
+from .trainer import EditDivergedError, EditOutcome
 
 # A context beside the plain prompt counts as this share of it.
 _CONTEXT_WEIGHT = 0.3
+# A token of an edit that another memory holds counts as this share of a token of an irrelevant prompt.
+_ELSEWHERE_WEIGHT = 0.3
 
 
 def columns_of(mask: Tensor) -> Tensor:
@@ -58,7 +61,7 @@ def opened(
     equations = NormalEquations.empty(columns_of(mask), mask.shape[0])
     equations = equations.silent_on(silent, hparams.consolidation / len(silent))
     for edit in elsewhere:
-        equations = equations.silent_on(edit.answered.activations, 1.0)
+        equations = equations.silent_on(edit.answered.activations, _ELSEWHERE_WEIGHT)
     return equations
 
 
@@ -73,36 +76,42 @@ def rebuilt(equations: NormalEquations, edits: Sequence[RecordedEdit], delta_wei
 
 
 @torch.no_grad()
-def with_trained(
-    equations: NormalEquations,
-    task: EditTask,
-    own: Sequence[ScoredInputs | None],
-    delta_weight: Tensor,
-    hparams: WISEHyperParams,
+def with_irrelevant(
+    equations: NormalEquations, task: EditTask, own: Sequence[ScoredInputs | None], hparams: WISEHyperParams
 ) -> NormalEquations:
-    """With the edits of a task, which shall say what dW, just trained, says at every token of their contexts.
+    """Quiet also on the irrelevant prompts of the edits of a task.
 
     Args:
         equations: the shard's so far.
-        task: the edits.
+        task: the edits, with their prompts about other subjects.
         own: the irrelevant prompt of each edit that has one.
-        delta_weight: dW as it was trained, shape (d_out, d_in).
         hparams: settings.
     """
-    for recorded in task.contexts:
-        rows, length = recorded.batch.input_ids.shape
-        row = recorded.positions // length
-        plain = row % (rows // task.n_edits) == 0
-        # The plain prompt stands in every group, and counts once.
-        weights = torch.where(plain, 1.0 / len(task.contexts), _CONTEXT_WEIGHT)
-        tokens = recorded.activations
-        equations = equations.saying(tokens, tokens @ delta_weight.T, weights)
     for irrelevant in own:
         if irrelevant is not None:
             equations = equations.silent_on(irrelevant.activations, 1.0)
     if task.about_others is not None:
         # All of an edit's together count as one prompt.
         equations = equations.silent_on(task.about_others.activations, 1.0 / hparams.other_subjects)
+    return equations
+
+
+@torch.no_grad()
+def with_trained(equations: NormalEquations, task: EditTask, outputs: Sequence[Tensor]) -> NormalEquations:
+    """With the edits of a task, which shall say what they were trained to at every token of their contexts.
+
+    Args:
+        equations: the shard's so far.
+        task: the edits.
+        outputs: for each group of contexts y_t of its tokens, shape (N_g, d_out).
+    """
+    for recorded, said in zip(task.contexts, outputs, strict=True):
+        rows, length = recorded.batch.input_ids.shape
+        row = recorded.positions // length
+        plain = row % (rows // task.n_edits) == 0
+        # The plain prompt stands in every group, and counts once.
+        weights = torch.where(plain, 1.0 / len(task.contexts), _CONTEXT_WEIGHT)
+        equations = equations.saying(recorded.activations, said, weights)
     return equations
 
 
@@ -126,3 +135,39 @@ def write_solution(equations: NormalEquations, delta_weight: Tensor, limit: floa
     if limit is not None:
         solution.clamp_(-limit, limit)
     delta_weight[:, equations.columns] = solution.to(delta_weight)
+
+
+def train_into(
+    delta_weight: Tensor,
+    equations: NormalEquations,
+    task: EditTask,
+    own: Sequence[ScoredInputs | None],
+    hparams: WISEHyperParams,
+    step: float,
+    label: str,
+    on_iteration: Callable[[int, float], None] | None = None,
+) -> tuple[NormalEquations, EditOutcome]:
+    """Train the edits of a task, and solve for dW with them.
+
+    Args:
+        delta_weight: dW of the shard, shape (d_out, d_in), changed in place; if anything is raised, the caller has to
+            put it back.
+        equations: the shard's problem so far.
+        task: the edits.
+        own: the irrelevant prompt of each edit that has one.
+        hparams: settings.
+        step: see :func:`train_steepest`.
+        label: what an error calls the edits.
+        on_iteration: called with the iteration and its loss.
+
+    Returns:
+        (the shard's problem with these edits, what training gave).
+
+    Raises:
+        EditDivergedError: the loss or the solution is not finite.
+    """
+    equations = with_irrelevant(equations, task, own, hparams)
+    trained = train_steepest(equations, len(delta_weight), task, hparams, step, label, on_iteration)
+    equations = with_trained(equations, task, trained.outputs)
+    write_solution(equations, delta_weight, hparams.norm_constraint)
+    return equations, trained.losses

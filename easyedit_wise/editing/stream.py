@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ..hparams import WISEHyperParams
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MemoryState
-from .consolidated import held_out, with_trained, write_solution
+from .consolidated import held_out, train_into
 from .open_shard import EditScores, OpenShard, edit_scores, threshold
 from .recorder import PromptRecorder, plain_edits
 from .requests import EditRequest, encode_pair
+from .scored import ScoredInputs
 from .shards import (
     close_shard,
     put_back,
@@ -30,6 +31,7 @@ from .shards import (
     with_epsilon_as_trained,
     with_live_shard,
 )
+from .task import EditTask
 from .task_maker import TaskMaker
 from .trainer import EditOutcome, train_edit
 
@@ -196,24 +198,12 @@ class EditStream:
         shard = self._shard_so_far(place, live)
         own = self._tasks.own_irrelevant(requests)
         task = self._tasks.task(requests, own, self._requests_outside(place), shard)
-        hparams = self.hparams
-        if hparams.layer_units:
-            units = self._recorder.units()
-            hparams, task.unit = units.resolved(hparams), units.score
         recorded = plain_edits(task.contexts[0], own, self._recorder.keeps_base_output)
         with self._recorder.main_memory_only():
-            mask = live.mask if live.mask is not None else torch.ones_like(live.delta_weight, dtype=torch.bool)
-            outcome = train_edit(
-                live.delta_weight, mask, task, hparams, self._label(requests), on_iteration, in_place=True
-            )
-        if self.hparams.consolidation:
-            equations = shard.equations
-            if equations is None:
-                held = self._requests_in(place)
-                equations = self._tasks.equations(live, held, self._requests_outside(place))
-            equations = with_trained(equations, task, own, live.delta_weight, self.hparams)
-            write_solution(equations, live.delta_weight, self.hparams.norm_constraint)
-            shard = replace(shard, equations=equations)
+            if self.hparams.consolidation:
+                shard, outcome = self._consolidate(task, own, shard, place, live, self._label(requests), on_iteration)
+            else:
+                outcome = self._train(task, live, self._label(requests), on_iteration)
         del task
         self.held += [HeldEdit(request, place) for request in requests]
         # Trained in place, as a rule: then this is live.delta_weight.
@@ -233,6 +223,37 @@ class EditStream:
         self._open_shard = shard
         self.layer.install(self.adapter_name, self._closed_if_full(states))
         return made
+
+    def _train(
+        self, task: EditTask, live: MemoryState, label: str, on_iteration: Callable[[int, float], None] | None
+    ) -> EditOutcome:
+        """The paper's iterations on dW itself."""
+        hparams = self.hparams
+        if hparams.layer_units:
+            units = self._recorder.units()
+            hparams, task.unit = units.resolved(hparams), units.score
+        mask = live.mask if live.mask is not None else torch.ones_like(live.delta_weight, dtype=torch.bool)
+        return train_edit(live.delta_weight, mask, task, hparams, label, on_iteration, in_place=True)
+
+    def _consolidate(
+        self,
+        task: EditTask,
+        own: Sequence[ScoredInputs | None],
+        shard: OpenShard,
+        place: int,
+        live: MemoryState,
+        label: str,
+        on_iteration: Callable[[int, float], None] | None,
+    ) -> tuple[OpenShard, EditOutcome]:
+        """Train, and solve for dW with all edits of the shard."""
+        equations = shard.equations
+        if equations is None:
+            equations = self._tasks.equations(live, self._requests_in(place), self._requests_outside(place))
+        step = self.hparams.edit_lr * (self._recorder.units().output_norm if self.hparams.layer_units else 1.0)
+        equations, outcome = train_into(
+            live.delta_weight, equations, task, own, self.hparams, step, label, on_iteration
+        )
+        return replace(shard, equations=equations), outcome
 
     def _label(self, requests: Sequence[EditRequest]) -> str:
         number, first = len(self.held) + 1, requests[0]

@@ -86,7 +86,7 @@ def train_edit(
         if not torch.isfinite(subspace.theta).all():  # the last step has no loss of its own that would show it
             raise FloatingPointError(float("nan"))
     except FloatingPointError as error:
-        raise EditDivergedError(_diverged(label, error.args[0], len(record.losses), hparams)) from None
+        raise EditDivergedError(diverged(label, error.args[0], len(record.losses), hparams)) from None
     return EditOutcome(subspace.matrix, record.losses, record.edit_losses, scores.tolist())
 
 
@@ -107,7 +107,7 @@ def _iterate(subspace: Subspace | WholeMatrix, task: EditTask, hparams: WISEHype
     optimizer, schedule = optimizer_for(theta, hparams)
     supervised = [target_positions(recorded.batch, hparams) for recorded in task.contexts]
     earlier = _rehearsal_reference(subspace, task, hparams)
-    beside = _products_beside(task, hparams, theta.dtype)
+    beside = _products_beside(task, theta.dtype)
     scores = theta.new_zeros(0)
     for iteration in range(hparams.n_iter):
         group = iteration % len(task.contexts)
@@ -121,9 +121,8 @@ def _iterate(subspace: Subspace | WholeMatrix, task: EditTask, hparams: WISEHype
         )
         scores, out_of_scope = recorded.scores(product, hparams)
         loss = loss_edit
-        if "irrelevant" in given:
-            irrelevant = task.irrelevant.pooled(given["irrelevant"], hparams)
-            loss = loss + routing_loss(scores, irrelevant, out_of_scope, task, hparams)
+        irrelevant = task.irrelevant.pooled(given["irrelevant"], hparams)
+        loss = loss + routing_loss(scores, irrelevant, out_of_scope, task, hparams)
         if task.past is not None and "past" in given:
             loss = loss + replay_loss(task.past.pooled(given["past"], hparams) / task.unit, hparams.alpha)
         if task.earlier is not None and earlier is not None:
@@ -172,13 +171,10 @@ def routing_loss(
     return loss / task.n_edits
 
 
-def _products_beside(task: EditTask, hparams: WISEHyperParams, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What dW is applied to in every iteration beside the contexts.
-
-    A consolidated shard is made quiet by its least-squares solution, so its edits train on their answers alone.
-    """
-    inputs = {} if hparams.consolidation else {"irrelevant": task.irrelevant.activations}
-    if task.past is not None and not hparams.consolidation:
+def _products_beside(task: EditTask, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What dW is applied to in every iteration beside the contexts."""
+    inputs = {"irrelevant": task.irrelevant.activations}
+    if task.past is not None:
         inputs["past"] = task.past.activations
     if task.earlier is not None:
         inputs["earlier"] = task.earlier.rows
@@ -209,7 +205,8 @@ def _step(
         theta.copy_(torch.where(record.settled, before, theta))
 
 
-def _diverged(label: str, value: float, iteration: int, hparams: WISEHyperParams) -> str:
+def diverged(label: str, value: float, iteration: int, hparams: WISEHyperParams) -> str:
+    """What an :class:`EditDivergedError` says."""
     return (
         f"the loss of {label} became {value} in iteration {iteration} of {hparams.n_iter}: the edit was taken back and "
         f"earlier edits are as they were. Lower edit_lr (now {hparams.edit_lr})."
