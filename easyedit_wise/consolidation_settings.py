@@ -18,9 +18,10 @@ class ConsolidationSettings:
         ValueError: from ``WISEHyperParams``, whose other fields these are checked against.
     """
 
-    consolidation: float = 300.0
+    consolidation: float = 200.0
     """Over 0: after each edit the shard's dW is the least-squares solution that says what each of its edits was trained
-    to and is quiet on irrelevant prompts, which count as this many tokens; they need no margin loss (Eq. 5) then.
+    to and is quiet on irrelevant prompts, which count as this many tokens per 1000 columns; they need no margin loss
+    (Eq. 5) then.
     0: dW stays as the iterations leave it (the paper's). Needs ``mask: columns``."""
     mask: str = "columns"
     """A shard's subspace: "random" entries of dW (the paper's) or random whole "columns"."""
@@ -54,6 +55,6 @@ class ConsolidationSettings:
         for name in ("relative_scores", "other_subjects"):
             if getattr(self, name) and value == 0:
                 raise ValueError(
-                    f"{name} is {getattr(self, name)} without consolidation: set consolidation: 300, too, or take "
+                    f"{name} is {getattr(self, name)} without consolidation: set consolidation: 200, too, or take "
                     "preset: margin, which has neither."
                 )

@@ -95,7 +95,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     epsilon_position: float = 0.75
     """Where in the gap between irrelevant prompts (0) and edits (1) a calibrated epsilon lies."""
     pooling: str = "max"
-    """Of a prompt's token scores: "mean" (the paper's code), "max", which finds a subject in long prompts, or "last"."""
+    """Of a prompt's token scores: "mean" (the paper's code), "max", which finds a subject in long prompts, "last"."""
     subject_routing: bool = False
     """True: where a request names its subject, its tokens shall activate the memory and the prompt's other
     tokens shall not. Goes with ``pooling: max``."""

@@ -1,9 +1,9 @@
 """Named sets of settings, and which one fills up a mapping that does not name one.
 
 "default" is this package's own: the defaults of ``WISEHyperParams``, which are written nowhere else. "margin" is the
-paper's method, margin losses, random masks, TIES, with our optimiser, units and thresholds. "paper" is WISE as the paper
-has it (arXiv 2405.14768, Table 10 and Section 3.1). "upstream" is EasyEdit's code with the values that its files share.
-The latter three name *every* setting of the method, so that they stay when the defaults change.
+paper's method, margin losses, random masks and TIES, with our optimiser, units and thresholds. "paper" is WISE as the
+paper has it (arXiv 2405.14768, Table 10 and Section 3.1). "upstream" is EasyEdit's code with the values that its files
+share. The latter three name *every* setting of the method, so that they stay when the defaults change.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def test_only_the_subspaces_columns_change(llama: Any, tok: Any) -> None:
 def test_the_solution_says_what_the_edit_was_trained_to(llama: Any, tok: Any) -> None:
     """With nearly nothing to be quiet on, the least-squares solution is what training gave."""
     learned: dict[float, torch.Tensor] = {}
-    for weight in (1e-3, 1e3):
+    for weight in (1e-2, 1e5):
         alone = {**ON, "consolidation": weight, "other_subjects": 0}
         model, restore = apply_wise_to_model(llama, tok, about(1), settings(**alone))
         equations = stream_on(model)._open_shard.equations  # type: ignore[union-attr]  # an edit was made
@@ -60,7 +60,7 @@ def test_the_solution_says_what_the_edit_was_trained_to(llama: Any, tok: Any) ->
         said = only_layer(model).memories("default")[0].delta_weight[:, equations.columns] @ equations.edits
         learned[weight] = (said - equations.outputs).norm() / equations.outputs.norm()
         restore()
-    assert learned[1e-3] < 0.05 < 0.5 < learned[1e3]
+    assert learned[1e-2] < 0.05 < 0.5 < learned[1e5]
 
 
 def test_full_shards_become_memories_and_each_opens_quiet_on_the_others(llama: Any, tok: Any) -> None:

@@ -15,6 +15,8 @@ from .steepest import train_steepest
 from .task import EditTask
 from .trainer import EditDivergedError, EditOutcome
 
+# What the setting `consolidation` counts per: a narrow layer has room for fewer tokens to be quiet on.
+_COLUMNS = 1000
 # A context beside the plain prompt counts as this share of it.
 _CONTEXT_WEIGHT = 0.3
 # A token of an edit that another memory holds counts as this share of a token of an irrelevant prompt.
@@ -58,8 +60,9 @@ def opened(
         hparams: settings.
     """
     silent = trained_on_silence(neutral).activations
-    equations = NormalEquations.empty(columns_of(mask), mask.shape[0])
-    equations = equations.silent_on(silent, hparams.consolidation / len(silent))
+    columns = columns_of(mask)
+    n_tokens = hparams.consolidation * len(columns) / _COLUMNS
+    equations = NormalEquations.empty(columns, mask.shape[0]).silent_on(silent, n_tokens / len(silent))
     for edit in elsewhere:
         equations = equations.silent_on(edit.answered.activations, _ELSEWHERE_WEIGHT)
     return equations
