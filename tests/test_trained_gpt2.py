@@ -63,7 +63,7 @@ def test_it_learns_what_it_is_told_and_keeps_the_others(knowing: tuple[Any, Any]
         for i, name in enumerate(NAMES[:N_EDITS])
     ]
     baseline = collect_baseline(model, tok, records)
-    assert baseline.scores.reliability < 0.5
+    assert baseline.scores.edit_exact == 0.0
     hparams = WISEHyperParams(inner_params=["transformer.h[2].mlp.c_proj.weight"])
     wanted = [{"prompt": one.prompt, "target_new": one.target, "subject": one.subject} for one in records]
     edited, restore = apply_wise_to_model(model, tok, wanted, hparams)
