@@ -126,6 +126,9 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     context_length: int = 10
     contexts_per_step: int | None = 4
     """Contexts of one iteration, the plain prompt among them; the iterations take turns. None: all of them."""
+    context_tokens: int | None = 2048
+    """Tokens of all contexts of one edit: a long prompt or target gets fewer contexts, at least those of one iteration.
+    An iteration's time grows with them, and "steepest" keeps the square of their number. None: no limit."""
     use_chat_template: bool = False
 
     # The rest of EasyEdit's keys
@@ -204,8 +207,9 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
             raise ValueError(f"epsilon_position is {self.epsilon_position!r}, outside [0, 1].")
         for name in ("n_contexts", "irrelevant_prompts"):
             check_count(name, getattr(self, name))
-        if self.contexts_per_step is not None:
-            check_positive_int("contexts_per_step", self.contexts_per_step)
+        for name in ("contexts_per_step", "context_tokens"):
+            if getattr(self, name) is not None:
+                check_positive_int(name, getattr(self, name))
         for name in ("context_length", "batch_size", "max_length"):
             check_positive_int(name, getattr(self, name))
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):

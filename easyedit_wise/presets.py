@@ -66,6 +66,7 @@ _PAPER: dict[str, Any] = {
     "n_contexts": 10,
     "context_length": 10,
     "contexts_per_step": None,
+    "context_tokens": None,
     "fixed_contexts": False,
 }
 

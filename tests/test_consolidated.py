@@ -9,7 +9,9 @@ import torch
 from conftest import LAYERS
 from editing_helpers import only_layer, requests, settings, stream_on
 
-from easyedit_wise.easyedit.apply import apply_wise_to_model
+from easyedit_wise.easyedit.apply import apply_wise_to_model, stream_of
+from easyedit_wise.editing.open_shard import OpenShard
+from easyedit_wise.editing.requests import EditRequest
 from easyedit_wise.editing.trainer import EditDivergedError
 from easyedit_wise.persistence import load_edits, save_edits
 from easyedit_wise.tuner.switch import last_route
@@ -98,6 +100,18 @@ def test_a_loaded_open_shard_goes_on(llama: Any, tok: Any, tmp_path: Any) -> Non
     (state,) = only_layer(fresh).memories("default")
     assert (state.stage, state.n_edits) == ("merged", 3)
     assert torch.isfinite(state.delta_weight).all()
+
+
+@pytest.mark.parametrize(("limit", "groups"), [(None, 3), (10_000, 3), (30, 2), (1, 1)])
+def test_a_long_edit_has_fewer_contexts(llama: Any, tok: Any, limit: int | None, groups: int) -> None:
+    """A plain prompt and three contexts, two of them a group: three groups of two rows of seven tokens."""
+    hparams = settings(**ON | {"contexts_per_step": 2, "context_tokens": limit})
+    stream = stream_of(llama, tok, hparams)
+    request = EditRequest.from_easyedit({"prompt": "Rome is", "target_new": "a town"})
+    length = len(tok("Rome is")["input_ids"]) + len(tok(" a town")["input_ids"])
+    assert length * 4 <= 30 < length * 6
+    task = stream._tasks.task([request], [None], [], OpenShard())
+    assert len(task.contexts) == groups
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from .consolidated import opened, rebuilt
 from .contexts import context_groups, in_groups
 from .open_shard import OpenShard
 from .recorder import PromptRecorder
-from .requests import EditRequest
+from .requests import EditRequest, encode_pair
 from .scored import ScoredInputs
 from .task import EditTask
 from .variations import about_others, varied_contexts
@@ -58,7 +58,8 @@ class TaskMaker:
             elsewhere: edits that other memories hold.
             shard: what is remembered of the shard's earlier edits.
         """
-        groups = zip(*(self._context_groups(request) for request in requests), strict=True)
+        groups = list(zip(*(self._context_groups(request) for request in requests), strict=True))
+        groups = groups[: self._groups_within_budget(requests, len(groups[0][0]))]
         contexts = [self._recorder.contexts(prompts, requests) for prompts in groups]
         others = self._about_others(requests)
         irrelevant, irrelevant_of = self._irrelevant_inputs(own)
@@ -95,6 +96,14 @@ class TaskMaker:
         for some in self._recorder.edits(held):
             equations = rebuilt(equations, some, live.delta_weight)
         return equations
+
+    def _groups_within_budget(self, requests: Sequence[EditRequest], group_size: int) -> int | None:
+        """How many groups of contexts ``context_tokens`` has room for, at least one; None: there is no limit."""
+        if self.hparams.context_tokens is None:
+            return None
+        pairs = [encode_pair(self._recorder.tok, self._recorder.rendered(one.prompt), one.target) for one in requests]
+        length = max(len(tokens) for tokens, _ in pairs)
+        return max(1, self.hparams.context_tokens // (length * group_size))
 
     def _context_groups(self, request: EditRequest) -> list[list[str]]:
         prefixes, size = self._recorder.prefixes(), self.hparams.contexts_per_step
