@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import CONSOLE, live_tensor_bytes, peak_memory, print_table, use_prefixes, write_report
-from benchmarks.edit_speed import OURS, PACKAGED, THEIRS, edit_ours, equal_settings
+from benchmarks.edit_speed import MARGIN, OURS, THEIRS, edit_ours, equal_settings
 from benchmarks.workload import Request, layer_parameter, llama_7b_layers, load_smollm2, numbered_requests, wide_llama
 from easyedit_wise.data import neutral_prompts
 from easyedit_wise.easyedit.upstream import load_upstream, why_not
@@ -31,9 +31,9 @@ MODELS: dict[str, tuple[Callable[[], tuple[Any, Any]], int]] = {
     "smollm2": (load_smollm2, 20),
     "7b": (llama_7b_layers, 1),
 }
-# The same settings as EasyEdit's, and those that this package comes with: more irrelevant prompts, rehearsal.
-OURS_PACKAGED = f"{OURS}, {PACKAGED} settings"
-ENGINES = (OURS, OURS_PACKAGED, THEIRS)
+# The same settings as EasyEdit's, and our margin preset: more irrelevant prompts, rehearsal.
+OURS_MARGIN = f"{OURS}, {MARGIN}"
+ENGINES = (OURS, OURS_MARGIN, THEIRS)
 # Edits stay in one shard however many there are.
 _ONE_SHARD = 100_000
 _MEASUREMENTS = 10
@@ -54,9 +54,8 @@ def prepared(model_name: str, engine: str, n_iter: int) -> tuple[Callable[[Reque
             raise ValueError(why_not())
         upstream.start(model, tok, theirs, templates)
         return lambda request: upstream.edit(model, tok, [request], theirs), unit
-    if engine == OURS_PACKAGED:
-        ours = WISEHyperParams.from_hparams(PACKAGED)
-        ours.inner_params, ours.n_iter = [layer_parameter(layer)], n_iter
+    if engine == OURS_MARGIN:
+        ours = WISEHyperParams.from_preset("margin", [layer_parameter(layer)], n_iter=n_iter)
     ours.save_freq = ours.merge_freq = _ONE_SHARD
     return lambda request: edit_ours(model, tok, request, ours), unit
 
