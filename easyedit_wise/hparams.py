@@ -25,6 +25,7 @@ from .checks import (
 )
 from .consolidation_settings import ConsolidationSettings
 from .easyedit_arithmetic import SCORE_ACTIVATION_OF_THE_MODEL, EasyEditArithmetic, activation_of
+from .hparams_combinations import check_together
 from .hparams_files import packaged_hparams, read_settings
 from .merging import MERGE_METHODS
 from .presets import implied_preset, preset_values
@@ -222,34 +223,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
                 raise ValueError(f"{name} is {value!r}: it must be a path as text, or null.")
         self.validate_arithmetic()
         self.validate_consolidation()
-        self._validate_together()
-
-    def _validate_together(self) -> None:
-        """EasyEdit's arithmetic, and consolidation, exist for some settings only."""
-        if (self.optimizer == "steepest") != (self.consolidation > 0):
-            raise ValueError(
-                f"optimizer is {self.optimizer!r} with consolidation: {self.consolidation}, but 'steepest' descends in "
-                "the norm of a consolidated shard and is its only one: set both, or take preset: margin, whose shards "
-                "are trained with margin losses by 'lion' or another optimizer."
-            )
-        for name in ("replay", "rehearsal", "weight_decay", "decay_whole_matrix", "subject_routing"):
-            if self.consolidation and getattr(self, name):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)} with consolidation: {self.consolidation}, whose shards hold "
-                    "their earlier edits and are quiet on other memories' as they are, without a margin loss: leave it "
-                    "out, or take preset: margin."
-                )
-        if self.padding_counts and (self.batch_size != 1 or self.contexts_per_step is not None):
-            raise ValueError(
-                f"padding_counts goes with batch_size 1 and contexts_per_step null, not with {self.batch_size} and "
-                f"{self.contexts_per_step}: EasyEdit trains one edit in one batch of all its contexts."
-            )
-        if self.decay_whole_matrix and self.optimizer != "sgd":
-            raise ValueError(
-                f"decay_whole_matrix goes with optimizer 'sgd', not with {self.optimizer!r}: it is EasyEdit's decay."
-            )
-        if self.epsilon_as_trained and self.act_ratio is None:
-            raise ValueError("epsilon_as_trained needs an act_ratio: EasyEdit's files have 0.88, the paper 1.0.")
+        check_together(self)
 
     @classmethod
     def from_preset(cls, preset: str, inner_params: Sequence[str], **changes: Any) -> WISEHyperParams:
