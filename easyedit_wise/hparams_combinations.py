@@ -16,8 +16,8 @@ def check_together(hparams: WISEHyperParams) -> None:
     """
     if (hparams.optimizer == "steepest") != (hparams.consolidation > 0):
         raise ValueError(
-            f"optimizer is {hparams.optimizer!r} with consolidation: {hparams.consolidation}, but 'steepest' descends in "
-            "the norm of a consolidated shard and is its only one: set both, or take preset: margin, whose shards "
+            f"optimizer is {hparams.optimizer!r} with consolidation: {hparams.consolidation}, but 'steepest' descends "
+            "in the norm of a consolidated shard and is its only one: set both, or take preset: margin, whose shards "
             "are trained with margin losses by 'lion' or another optimizer."
         )
     for name in ("replay", "rehearsal", "weight_decay", "decay_whole_matrix", "subject_routing"):
