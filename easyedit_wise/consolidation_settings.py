@@ -34,6 +34,11 @@ class ConsolidationSettings:
     """True: the contexts are the prompt behind a prefix, the prompt with words left out, and its subject alone behind
     a prefix, in turn. Without a known subject the third is the second behind a prefix."""
 
+    gain: float = 1.5
+    """What an edit was trained to say, times this, is what its memory shall say with ``consolidation``, so that it also
+    carries where another wording gets only a share of it; weaker edits of the shard get up to twice this. 1: as
+    trained."""
+
     def validate_consolidation(self) -> None:
         """Check these fields alone.
 
@@ -43,6 +48,8 @@ class ConsolidationSettings:
         value = self.consolidation
         if not is_number(value) or not math.isfinite(value) or value < 0:
             raise ValueError(f"consolidation is {value!r}: it must be a finite number of at least 0.")
+        if not is_number(self.gain) or not math.isfinite(self.gain) or self.gain <= 0:
+            raise ValueError(f"gain is {self.gain!r}: it must be a finite number over 0, such as 1.5.")
         check_choice("mask", self.mask, MASKS)
         check_count("other_subjects", self.other_subjects)
         for name in ("relative_scores", "varied_contexts"):

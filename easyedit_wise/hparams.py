@@ -93,7 +93,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     act_ratio: float | None = None
     """None: epsilon is calibrated from the edits' and irrelevant prompts' own scores. A number: epsilon =
     act_ratio * min over the edits (1.0 is the paper's rule, EasyEdit's files tune it per model)."""
-    epsilon_position: float = 0.9
+    epsilon_position: float = 0.75
     """Where in the gap between irrelevant prompts (0) and edits (1) a calibrated epsilon lies."""
     pooling: str = "max"
     """Of a prompt's token scores: "mean" (the paper's code), "max", which finds a subject in long prompts, "last"."""
@@ -127,9 +127,10 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     context_length: int = 10
     contexts_per_step: int | None = 4
     """Contexts of one iteration, the plain prompt among them; the iterations take turns. None: all of them."""
-    context_tokens: int | None = 2048
-    """Tokens of all contexts of one edit: a long prompt or target gets fewer contexts, at least those of one iteration.
-    An iteration's time grows with them, and "steepest" keeps the square of their number. None: no limit."""
+    context_tokens: int | None = 1024
+    """Tokens of all contexts of one edit, of which an iteration has a quarter: a long prompt or target gets fewer
+    contexts, at least one beside the plain prompt. An iteration's time grows with its tokens, and "steepest" keeps the
+    square of their number. None: no limit."""
     use_chat_template: bool = False
 
     # The rest of EasyEdit's keys

@@ -52,8 +52,17 @@ class NormalEquations:
         return replace(
             self,
             edits=self.edits + weighted.T @ own,
-            outputs=self.outputs + outputs.to(own).T @ weighted,
+            outputs=self.outputs + self.share(activations, outputs, weights),
         )
+
+    def share(self, activations: Tensor, outputs: Tensor, weights: Tensor) -> Tensor:
+        """What some tokens add to ``outputs``, shape (d_out, n); arguments as for :meth:`saying`."""
+        own = activations[:, self.columns].to(self.edits.dtype)
+        return outputs.to(own).T @ (own * weights[:, None].to(own))
+
+    def louder(self, share: Tensor, gain: float) -> NormalEquations:
+        """With ``gain`` times as much of what some tokens added to ``outputs``, see :meth:`share`."""
+        return replace(self, outputs=self.outputs + (gain - 1) * share)
 
     def silent_on(self, activations: Tensor, weight: float) -> NormalEquations:
         """With some tokens that shall get nothing: a_u, shape (N, d_in), each with the weight v."""
@@ -68,13 +77,24 @@ class NormalEquations:
         """
         return torch.linalg.cholesky(self._with_ridge(self.quiet))
 
-    def solution(self) -> Tensor:
-        """The columns of dW, shape (d_out, n).
+    def factor(self) -> Tensor:
+        """The Cholesky factor of the whole problem, shape (n, n); ``outputs`` do not enter.
 
         Raises:
             ValueError: nothing is to be quiet, so that there is no scale for lambda.
         """
-        factor = torch.linalg.cholesky(self._with_ridge(self.edits + self.quiet))
+        return torch.linalg.cholesky(self._with_ridge(self.edits + self.quiet))
+
+    def solution(self, factor: Tensor | None = None) -> Tensor:
+        """The columns of dW, shape (d_out, n).
+
+        Args:
+            factor: :meth:`factor`, where it is known.
+
+        Raises:
+            ValueError: nothing is to be quiet, so that there is no scale for lambda.
+        """
+        factor = self.factor() if factor is None else factor
         return torch.cholesky_solve(self.outputs.T, factor).T.contiguous()
 
     def _with_ridge(self, matrix: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ _PAPER: dict[str, Any] = {
     "mask": "random",
     "consolidation": 0.0,
     "other_subjects": 0,
+    "gain": 1.0,
     "varied_contexts": False,
     "n_contexts": 10,
     "context_length": 10,

@@ -104,7 +104,7 @@ def test_a_loaded_open_shard_goes_on(llama: Any, tok: Any, tmp_path: Any) -> Non
 
 @pytest.mark.parametrize(("limit", "groups"), [(None, 3), (10_000, 3), (30, 2), (1, 1)])
 def test_a_long_edit_has_fewer_contexts(llama: Any, tok: Any, limit: int | None, groups: int) -> None:
-    """A plain prompt and three contexts, two of them a group: three groups of two rows of seven tokens."""
+    """A plain prompt and three contexts, two of them a group: three groups of two rows of six tokens."""
     hparams = settings(**ON | {"contexts_per_step": 2, "context_tokens": limit})
     stream = stream_of(llama, tok, hparams)
     request = EditRequest.from_easyedit({"prompt": "Rome is", "target_new": "a town"})
@@ -112,6 +112,16 @@ def test_a_long_edit_has_fewer_contexts(llama: Any, tok: Any, limit: int | None,
     assert length * 4 <= 30 < length * 6
     task = stream._tasks.task([request], [None], [], OpenShard())
     assert len(task.contexts) == groups
+
+
+@pytest.mark.parametrize(("limit", "rows"), [(None, 4), (10_000, 4), (4 * 3 * 6, 3), (1, 2)])
+def test_an_iteration_has_a_quarter_of_the_tokens(llama: Any, tok: Any, limit: int | None, rows: int) -> None:
+    """Rows of six tokens: a quarter of 72 has room for three."""
+    stream = stream_of(llama, tok, settings(**ON | {"contexts_per_step": 4, "context_tokens": limit}))
+    request = EditRequest.from_easyedit({"prompt": "Rome is", "target_new": "a town"})
+    assert len(tok("Rome is")["input_ids"]) + len(tok(" a town")["input_ids"]) == 6
+    task = stream._tasks.task([request], [None], [], OpenShard())
+    assert len(task.contexts[0].batch.input_ids) == rows
 
 
 @pytest.mark.parametrize(

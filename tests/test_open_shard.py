@@ -15,7 +15,8 @@ import easyedit_wise.editing.open_shard as open_shard_module
 from easyedit_wise import load_edits, save_edits
 from easyedit_wise.data import neutral_prompts
 from easyedit_wise.easyedit.apply import stream_of
-from easyedit_wise.editing.open_shard import EditScores, OpenShard, RecordedEdit, edit_scores, threshold
+from easyedit_wise.editing.open_shard import OpenShard, threshold
+from easyedit_wise.editing.recorded import EditScores, RecordedEdit, edit_scores
 from easyedit_wise.editing.requests import EditRequest
 from easyedit_wise.editing.scored import ScoredInputs
 from easyedit_wise.routing import calibrated_threshold, minimum_threshold

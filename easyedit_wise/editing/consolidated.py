@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
-from .open_shard import RecordedEdit
+from .gain import SpokenEdit, write_amplified
+from .open_shard import WATCHED, OpenShard
+from .recorded import RecordedEdit
 from .scored import ScoredInputs
 from .steepest import train_steepest
 from .task import EditTask
@@ -19,7 +22,7 @@ from .trainer import EditDivergedError, EditOutcome
 _COLUMNS = 1000
 # A context beside the plain prompt counts as this share of it.
 _CONTEXT_WEIGHT = 0.3
-# A token of an edit that another memory holds counts as this share of a token of an irrelevant prompt.
+# A token of an edit that another memory holds counts as this share of a token of its irrelevant prompt.
 _ELSEWHERE_WEIGHT = 0.3
 
 
@@ -48,23 +51,41 @@ def held_out(neutral: ScoredInputs) -> ScoredInputs:
     return neutral.select(torch.arange(1, len(neutral), 2))
 
 
-def opened(
-    mask: Tensor, neutral: ScoredInputs, elsewhere: Sequence[RecordedEdit], hparams: WISEHyperParams
-) -> NormalEquations:
-    """The problem of a shard without edits: quiet on neutral prompts, and on edits that other memories hold.
+@torch.no_grad()
+def with_elsewhere(elsewhere: Tensor | None, edits: Sequence[RecordedEdit]) -> Tensor | None:
+    """sum_u v_u a_u a_u^T of what other memories' edits and their irrelevant prompts give, with some more of them.
+
+    A sum of fixed size: what a stream has seen does not grow with it.
+
+    Args:
+        elsewhere: so far, shape (d_in, d_in); None without any.
+        edits: of other memories.
+    """
+    for edit in edits:
+        tokens = edit.answered.activations.float()
+        added = _ELSEWHERE_WEIGHT * (tokens.T @ tokens)
+        if edit.irrelevant is not None:
+            own = edit.irrelevant.activations.float()
+            added += own.T @ own
+        elsewhere = added if elsewhere is None else elsewhere + added
+    return elsewhere
+
+
+def opened(mask: Tensor, neutral: ScoredInputs, elsewhere: Tensor | None, hparams: WISEHyperParams) -> NormalEquations:
+    """The problem of a shard without edits: quiet on neutral prompts, and on what other memories hold.
 
     Args:
         mask: the shard's, bool, shape (d_out, d_in).
         neutral: all neutral prompts.
-        elsewhere: edits of other memories.
+        elsewhere: see :func:`with_elsewhere`.
         hparams: settings.
     """
     silent = trained_on_silence(neutral).activations
     columns = columns_of(mask)
     n_tokens = hparams.consolidation * len(columns) / _COLUMNS
     equations = NormalEquations.empty(columns, mask.shape[0]).silent_on(silent, n_tokens / len(silent))
-    for edit in elsewhere:
-        equations = equations.silent_on(edit.answered.activations, _ELSEWHERE_WEIGHT)
+    if elsewhere is not None:
+        equations = replace(equations, quiet=equations.quiet + elsewhere[columns[:, None], columns])
     return equations
 
 
@@ -100,34 +121,50 @@ def with_irrelevant(
 
 
 @torch.no_grad()
-def with_trained(equations: NormalEquations, task: EditTask, outputs: Sequence[Tensor]) -> NormalEquations:
+def with_trained(
+    equations: NormalEquations, task: EditTask, outputs: Sequence[Tensor], recorded: Sequence[RecordedEdit]
+) -> tuple[NormalEquations, list[SpokenEdit]]:
     """With the edits of a task, which shall say what they were trained to at every token of their contexts.
 
     Args:
         equations: the shard's so far.
         task: the edits.
         outputs: for each group of contexts y_t of its tokens, shape (N_g, d_out).
+        recorded: the edits as the router sees them.
+
+    Returns:
+        (the problem with them, each one's share of it).
     """
-    for recorded, said in zip(task.contexts, outputs, strict=True):
-        rows, length = recorded.batch.input_ids.shape
-        row = recorded.positions // length
-        plain = row % (rows // task.n_edits) == 0
+    shares = [torch.zeros_like(equations.outputs) for _ in recorded]
+    for group, said in zip(task.contexts, outputs, strict=True):
+        rows, length = group.batch.input_ids.shape
+        row = group.positions // length
+        per_edit = rows // task.n_edits
         # The plain prompt stands in every group, and counts once.
-        weights = torch.where(plain, 1.0 / len(task.contexts), _CONTEXT_WEIGHT)
-        equations = equations.saying(recorded.activations, said, weights)
-    return equations
+        weights = torch.where(row % per_edit == 0, 1.0 / len(task.contexts), _CONTEXT_WEIGHT)
+        equations = equations.saying(group.activations, said, weights)
+        for index, share in enumerate(shares):
+            own = row // per_edit == index
+            share += equations.share(group.activations[own], said[own], weights[own])
+    return equations, [SpokenEdit(one, share) for one, share in zip(recorded, shares, strict=True)]
 
 
-@torch.no_grad()
-def write_solution(equations: NormalEquations, delta_weight: Tensor, limit: float | None) -> None:
-    """Solve, and put the solution into dW, entries clamped to ``limit``.
+def write_solution(shard: OpenShard, delta_weight: Tensor, hparams: WISEHyperParams) -> OpenShard:
+    """Solve a shard's problem into dW, entries clamped to ``norm_constraint``.
+
+    Returns:
+        The shard; of more than :data:`WATCHED` edits the earliest keep the gain that they have by now.
 
     Raises:
-        EditDivergedError: the solution is not finite; dW is as it was.
+        EditDivergedError: the solution is not finite.
+        ValueError: the shard has no problem, or one without anything to be quiet on.
     """
+    if shard.equations is None:
+        raise ValueError("the shard has no least-squares problem: it was begun without consolidation.")
+    equations, spoken = shard.equations, shard.spoken
     try:
-        solution = equations.solution()
-        finite = bool(torch.isfinite(solution).all())
+        gains = write_amplified(equations, spoken, delta_weight, hparams)
+        finite = bool(torch.isfinite(delta_weight).all())
     except torch.linalg.LinAlgError:  # what is not finite has no Cholesky factor
         finite = False
     if not finite:
@@ -135,42 +172,48 @@ def write_solution(equations: NormalEquations, delta_weight: Tensor, limit: floa
             "what the last edit was trained to overflows the shard's least-squares problem: the edit was taken back "
             "and earlier edits are as they were. Lower edit_lr."
         )
-    if limit is not None:
-        solution.clamp_(-limit, limit)
-    delta_weight[:, equations.columns] = solution.to(delta_weight)
+    if hparams.norm_constraint is not None:
+        delta_weight.clamp_(-hparams.norm_constraint, hparams.norm_constraint)
+    n_settled = max(0, len(spoken) - WATCHED)
+    for edit, gain in zip(spoken[:n_settled], gains[:n_settled], strict=True):
+        equations = equations.louder(edit.share, gain)
+    return replace(shard, equations=equations, spoken=spoken[n_settled:])
 
 
 def train_into(
     delta_weight: Tensor,
-    equations: NormalEquations,
+    shard: OpenShard,
     task: EditTask,
-    own: Sequence[ScoredInputs | None],
+    recorded: Sequence[RecordedEdit],
     hparams: WISEHyperParams,
     step: float,
     label: str,
     on_iteration: Callable[[int, float], None] | None = None,
-) -> tuple[NormalEquations, EditOutcome]:
+) -> tuple[OpenShard, EditOutcome]:
     """Train the edits of a task, and solve for dW with them.
 
     Args:
         delta_weight: dW of the shard, shape (d_out, d_in), changed in place; if anything is raised, the caller has to
             put it back.
-        equations: the shard's problem so far.
+        shard: with its problem so far.
         task: the edits.
-        own: the irrelevant prompt of each edit that has one.
+        recorded: the edits as the router sees them.
         hparams: settings.
         step: see :func:`train_steepest`.
         label: what an error calls the edits.
         on_iteration: called with the iteration and its loss.
 
     Returns:
-        (the shard's problem with these edits, what training gave).
+        (the shard with these edits in its problem, what training gave).
 
     Raises:
         EditDivergedError: the loss or the solution is not finite.
+        ValueError: the shard has no problem.
     """
-    equations = with_irrelevant(equations, task, own, hparams)
+    if shard.equations is None:
+        raise ValueError("the shard has no least-squares problem: it was begun without consolidation.")
+    equations = with_irrelevant(shard.equations, task, [one.irrelevant for one in recorded], hparams)
     trained = train_steepest(equations, len(delta_weight), task, hparams, step, label, on_iteration)
-    equations = with_trained(equations, task, trained.outputs)
-    write_solution(equations, delta_weight, hparams.norm_constraint)
-    return equations, trained.losses
+    equations, spoken = with_trained(equations, task, trained.outputs, recorded)
+    shard = replace(shard, equations=equations, spoken=(*shard.spoken, *spoken))
+    return write_solution(shard, delta_weight, hparams), trained.losses

@@ -11,13 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from ..routing import calibrated_threshold, minimum_threshold
 from ..sketching import frequent_directions
+from .gain import SpokenEdit
+from .recorded import EditScores, RecordedEdit, edit_scores
 from .scored import ScoredInputs
 from .task import Rehearsed
 
@@ -25,41 +26,6 @@ from .task import Rehearsed
 WATCHED = 16
 # Rows of the rehearsal's sketch: some fifteen edits are held exactly, more of them approximately.
 SKETCH_ROWS = 256
-
-
-@dataclass(frozen=True)
-class EditScores:
-    """Delta_act of one edit in a side memory.
-
-    Attributes:
-        prompt: of its prompt, as a user asks.
-        answered: of the prompt with the target behind it, as teacher-forced scoring asks.
-        irrelevant: of its own irrelevant prompt, if it has one.
-    """
-
-    prompt: float
-    answered: float
-    irrelevant: float | None = None
-
-    @property
-    def margin(self) -> float:
-        """How far the edit is from being lost, or its irrelevant prompt from firing."""
-        return min(self.prompt, self.answered) - (self.irrelevant or 0.0)
-
-
-@dataclass(frozen=True)
-class RecordedEdit:
-    """One edit as the router sees it.
-
-    Attributes:
-        answered: the plain prompt with the target behind it.
-        prompt_mask: the prompt's tokens among them, shape (1, T).
-        irrelevant: its own irrelevant prompt, if it has one.
-    """
-
-    answered: ScoredInputs
-    prompt_mask: Tensor
-    irrelevant: ScoredInputs | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +38,7 @@ class OpenShard:
         sketch: rows that stand for A(x) of all tokens of all edits; None without rehearsal.
         n_tokens: how many tokens these are.
         equations: the shard's least-squares problem; None without consolidation.
+        spoken: what the latest edits of the problem say; the gain of the others is settled.
     """
 
     watched: tuple[RecordedEdit, ...] = ()
@@ -79,6 +46,7 @@ class OpenShard:
     sketch: Tensor | None = None
     n_tokens: int = 0
     equations: NormalEquations | None = None
+    spoken: tuple[SpokenEdit, ...] = ()
 
     @property
     def rehearsed(self) -> Rehearsed | None:
@@ -106,27 +74,9 @@ class OpenShard:
             sketch,
             n_tokens,
             self.equations,
+            self.spoken,
         )
         return shard, [*self.others, *scores]
-
-
-@torch.no_grad()
-def edit_scores(edits: Sequence[RecordedEdit], delta_weight: Tensor, hparams: WISEHyperParams) -> list[EditScores]:
-    """Delta_act of each edit under dW, all in one product."""
-    if not edits:
-        return []
-    answered = ScoredInputs.stack([edit.answered for edit in edits])
-    length = answered.token_mask.shape[1]
-    prompts = torch.cat([F.pad(e.prompt_mask, (length - e.prompt_mask.shape[1], 0)) for e in edits])
-    own = [index for index, edit in enumerate(edits) if edit.irrelevant is not None]
-    irrelevant: dict[int, float] = {}
-    if own:
-        stacked = ScoredInputs.stack([one for e in edits if (one := e.irrelevant) is not None])
-        irrelevant = dict(zip(own, stacked.scores(delta_weight, hparams).tolist(), strict=True))
-    product = F.linear(answered.activations.to(delta_weight), delta_weight)
-    whole = answered.pooled(product, hparams).tolist()
-    asked = answered.pooled(product, hparams, over=prompts).tolist()
-    return [EditScores(asked[index], whole[index], irrelevant.get(index)) for index in range(len(edits))]
 
 
 def threshold(

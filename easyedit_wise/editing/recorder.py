@@ -19,8 +19,8 @@ from ..tuner.layer import WiseLayer
 from .contexts import as_chat, fixed_prefixes, generate_prefixes
 from .frozen_prefix import FrozenPrefix, layer_input_of
 from .layer_units import LayerUnits
-from .open_shard import RecordedEdit
 from .padded_batch import padded_contexts, padded_irrelevant
+from .recorded import RecordedEdit
 from .replay_plan import ReplayPlan
 from .requests import EditRequest, TokenBatch, pair_batch, prompt_batch
 from .scored import ScoredInputs

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from ..hparams import WISEHyperParams
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MemoryState
-from .consolidated import held_out, train_into
-from .open_shard import EditScores, OpenShard, edit_scores, threshold
+from .consolidated import held_out, train_into, with_elsewhere
+from .open_shard import OpenShard, threshold
+from .recorded import EditScores, RecordedEdit, edit_scores
 from .recorder import PromptRecorder, plain_edits
 from .requests import EditRequest, encode_pair
-from .scored import ScoredInputs
 from .shards import (
     close_shard,
     put_back,
@@ -60,6 +60,7 @@ class Snapshot:
         generator_state: of the stream's random numbers.
         open_shard: what is remembered of the live shard's edits.
         live_values: the live shard's masked entries, shape (n,); None without a live shard that edits were made in.
+        elsewhere: what the next shard shall be quiet on.
     """
 
     states: tuple[MemoryState, ...]
@@ -67,6 +68,7 @@ class Snapshot:
     generator_state: Tensor
     open_shard: OpenShard | None = None
     live_values: Tensor | None = None
+    elsewhere: Tensor | None = None
 
 
 class EditStream:
@@ -94,6 +96,8 @@ class EditStream:
         self.held: list[HeldEdit] = []
         # None: not known, as after loading; rebuilt from the edits' texts when the shard takes another edit.
         self._open_shard: OpenShard | None = None
+        # Of all edits so far, for the next shard's problem; None: there are none, or not known, as after loading.
+        self._elsewhere: Tensor | None = None
         self._generator = torch.Generator().manual_seed(hparams.seed)
         self._recorder = PromptRecorder(model, tok, hparams, layer)
         self._tasks = TaskMaker(self._recorder, self._generator)
@@ -123,6 +127,7 @@ class EditStream:
         )
         memo[id(self)] = copied
         copied.held, copied._open_shard = list(self.held), self._open_shard
+        copied._elsewhere = self._elsewhere
         copied._generator.set_state(self._generator.get_state())
         copied._recorder.share_recordings(self._recorder)
         return copied
@@ -177,7 +182,8 @@ class EditStream:
         values = None
         if states and states[-1].stage == LIVE:
             states[-1], values = set_aside(states[-1])
-        return Snapshot(tuple(states), tuple(self.held), self._generator.get_state(), self._open_shard, values)
+        generator = self._generator.get_state()
+        return Snapshot(tuple(states), tuple(self.held), generator, self._open_shard, values, self._elsewhere)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Put contents back as they were at :meth:`snapshot`."""
@@ -186,6 +192,7 @@ class EditStream:
             states[-1] = put_back(states[-1], snapshot.live_values)
         self.layer.install(self.adapter_name, states)
         self.held, self._open_shard = list(snapshot.held), snapshot.open_shard
+        self._elsewhere = snapshot.elsewhere
         self._generator.set_state(snapshot.generator_state)
 
     def _edit(
@@ -201,9 +208,12 @@ class EditStream:
         recorded = plain_edits(task.contexts[0], own, self._recorder.keeps_base_output)
         with self._recorder.main_memory_only():
             if self.hparams.consolidation:
-                shard, outcome = self._consolidate(task, own, shard, place, live, self._label(requests), on_iteration)
+                shard, outcome = self._consolidate(
+                    task, recorded, shard, place, live, self._label(requests), on_iteration
+                )
             else:
                 outcome = self._train(task, live, self._label(requests), on_iteration)
+                self._elsewhere = None  # it would lack these edits
         del task
         self.held += [HeldEdit(request, place) for request in requests]
         # Trained in place, as a rule: then this is live.delta_weight.
@@ -238,7 +248,7 @@ class EditStream:
     def _consolidate(
         self,
         task: EditTask,
-        own: Sequence[ScoredInputs | None],
+        recorded: Sequence[RecordedEdit],
         shard: OpenShard,
         place: int,
         live: MemoryState,
@@ -246,14 +256,17 @@ class EditStream:
         on_iteration: Callable[[int, float], None] | None,
     ) -> tuple[OpenShard, EditOutcome]:
         """Train, and solve for dW with all edits of the shard."""
-        equations = shard.equations
-        if equations is None:
-            equations = self._tasks.equations(live, self._requests_in(place), self._requests_outside(place))
+        if shard.equations is None:
+            held, outside = self._requests_in(place), self._requests_outside(place)
+            if self._elsewhere is None and outside:
+                self._elsewhere = self._tasks.elsewhere(outside)
+            shard = replace(shard, equations=self._tasks.equations(live, held, self._elsewhere))
+            for some in self._recorder.edits(held):
+                self._elsewhere = with_elsewhere(self._elsewhere, some)
         step = self.hparams.edit_lr * (self._recorder.units().output_norm if self.hparams.layer_units else 1.0)
-        equations, outcome = train_into(
-            live.delta_weight, equations, task, own, self.hparams, step, label, on_iteration
-        )
-        return replace(shard, equations=equations), outcome
+        shard, outcome = train_into(live.delta_weight, shard, task, recorded, self.hparams, step, label, on_iteration)
+        self._elsewhere = with_elsewhere(self._elsewhere, recorded)
+        return shard, outcome
 
     def _label(self, requests: Sequence[EditRequest]) -> str:
         number, first = len(self.held) + 1, requests[0]

@@ -11,7 +11,7 @@ from ..data import other_subjects
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from ..tuner.memory import MemoryState
-from .consolidated import opened, rebuilt
+from .consolidated import opened, rebuilt, with_elsewhere
 from .contexts import context_groups, in_groups
 from .open_shard import OpenShard
 from .recorder import PromptRecorder
@@ -22,8 +22,10 @@ from .variations import about_others, varied_contexts
 from .whole_matrix import base_weight
 
 _PAST_EDITS_REPLAYED = 8
-# Edits of other memories that a consolidated shard is made quiet on.
-_PAST_EDITS_SILENCED = 256
+# The share of `context_tokens` that one iteration may have.
+_STEP_SHARE = 4
+# Edits whose activations are recorded anew to be quiet on them: after loading only.
+_REMEMBERED_FROM_TEXTS = 1024
 
 
 class TaskMaker:
@@ -58,8 +60,8 @@ class TaskMaker:
             elsewhere: edits that other memories hold.
             shard: what is remembered of the shard's earlier edits.
         """
-        groups = list(zip(*(self._context_groups(request) for request in requests), strict=True))
-        groups = groups[: self._groups_within_budget(requests, len(groups[0][0]))]
+        size, n_groups = self._within_budget(requests)
+        groups = list(zip(*(self._context_groups(request, size) for request in requests), strict=True))[:n_groups]
         contexts = [self._recorder.contexts(prompts, requests) for prompts in groups]
         others = self._about_others(requests)
         irrelevant, irrelevant_of = self._irrelevant_inputs(own)
@@ -73,40 +75,52 @@ class TaskMaker:
         """The irrelevant prompt of each request that has one."""
         if not self.hparams.padding_counts:
             return self._recorder.own_irrelevant(requests)
-        return [self._recorder.padded_irrelevant(self._context_groups(one)[0], one) for one in requests]
+        groups = [self._context_groups(one, self._within_budget([one])[0]) for one in requests]
+        return [self._recorder.padded_irrelevant(own[0], one) for own, one in zip(groups, requests, strict=True)]
 
-    def equations(
-        self, live: MemoryState, held: Sequence[EditRequest], elsewhere: Sequence[EditRequest]
-    ) -> NormalEquations:
+    def elsewhere(self, requests: Sequence[EditRequest]) -> Tensor | None:
+        """:func:`with_elsewhere` of edits of which only the texts are known, as after loading: of some where there are
+        very many."""
+        picked = torch.randperm(len(requests), generator=self._generator)[:_REMEMBERED_FROM_TEXTS].tolist()
+        summed: Tensor | None = None
+        for some in self._recorder.edits([requests[index] for index in picked]):
+            summed = with_elsewhere(summed, some)
+        return summed
+
+    def equations(self, live: MemoryState, held: Sequence[EditRequest], elsewhere: Tensor | None) -> NormalEquations:
         """The least-squares problem of a shard that was just begun, or of one that goes on after loading.
 
         Args:
             live: the shard.
             held: the edits that it holds.
-            elsewhere: edits that other memories hold.
+            elsewhere: see :func:`with_elsewhere`.
 
         Raises:
             ValueError: its mask is not of whole columns.
         """
         if live.mask is None:
             raise ValueError("the open shard has no mask: restore the model, or go on with consolidation: 0.")
-        picked = torch.randperm(len(elsewhere), generator=self._generator)[:_PAST_EDITS_SILENCED].tolist()
-        recorded = [one for some in self._recorder.edits([elsewhere[index] for index in picked]) for one in some]
-        equations = opened(live.mask, self._recorder.neutral(), recorded, self.hparams)
+        equations = opened(live.mask, self._recorder.neutral(), elsewhere, self.hparams)
         for some in self._recorder.edits(held):
             equations = rebuilt(equations, some, live.delta_weight)
         return equations
 
-    def _groups_within_budget(self, requests: Sequence[EditRequest], group_size: int) -> int | None:
-        """How many groups of contexts ``context_tokens`` has room for, at least one; None: there is no limit."""
-        if self.hparams.context_tokens is None:
-            return None
+    def _within_budget(self, requests: Sequence[EditRequest]) -> tuple[int | None, int | None]:
+        """How many contexts of an edit ``context_tokens`` leaves a group, and how many groups; None: all.
+
+        A group keeps the plain prompt and one context, and there is one group, however long the texts are.
+        """
+        size, budget = self.hparams.contexts_per_step, self.hparams.context_tokens
+        if budget is None:
+            return size, None
         pairs = [encode_pair(self._recorder.tok, self._recorder.rendered(one.prompt), one.target) for one in requests]
         length = max(len(tokens) for tokens, _ in pairs)
-        return max(1, self.hparams.context_tokens // (length * group_size))
+        affordable = max(2, budget // _STEP_SHARE // length)
+        size = affordable if size is None else min(size, affordable)
+        return size, max(1, budget // (length * size))
 
-    def _context_groups(self, request: EditRequest) -> list[list[str]]:
-        prefixes, size = self._recorder.prefixes(), self.hparams.contexts_per_step
+    def _context_groups(self, request: EditRequest, size: int | None) -> list[list[str]]:
+        prefixes = self._recorder.prefixes()
         if not self.hparams.varied_contexts:
             return context_groups(request.prompt, prefixes, size, self.hparams.fixed_contexts)
         varied = varied_contexts(request.prompt, request.subject, prefixes, self._generator)
