@@ -98,7 +98,8 @@ def evaluate(
     threads: Annotated[int | None, typer.Option(help="Threads of torch.", min=1)] = None,
 ) -> None:
     """Make edits in a stream with any algorithm and score the final model on all of them."""
-    from .evaluate import EvaluateOptions, run_evaluate
+    from .evaluate import run_evaluate
+    from .evaluate_options import EvaluateOptions
 
     with _errors_in_one_line():
         numbers = [int(part) for part in checkpoints.split(",") if part.strip()]

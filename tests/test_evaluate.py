@@ -30,7 +30,7 @@ from easyedit_wise.easyedit.algorithms import (
 )
 from easyedit_wise.easyedit.covariance import second_moments_of_samples, second_moments_of_texts
 from easyedit_wise.easyedit.probe import probe_routes
-from easyedit_wise.evaluate import changes_of
+from easyedit_wise.evaluate_options import changes_of
 from easyedit_wise.machine import machine_info, source_commit
 from easyedit_wise.tuner.switch import edits_disabled, last_route
 
@@ -100,6 +100,33 @@ def test_what_has_a_result_is_read_back(
     # Another setting is another result.
     assert run(*arguments, "--set", "n_iter=1").exit_code == 0
     assert len(result_files(out)) == 2
+
+
+def test_a_run_that_breaks_off_leaves_the_checkpoints_it_reached(
+    tmp_path: Path, checkpoint: Path, hparams: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, out = write(tmp_path, "zsre", 4), tmp_path / "out"
+    arguments = ("--data", data, "--edits", 3, "--model", checkpoint, "--hparams", hparams, "--out", out)
+    real, done = WiseStream.edit, []
+
+    def breaks_off(self: WiseStream, requests: Any, on_edit: Any) -> None:
+        if done:
+            raise KeyboardInterrupt
+        done.append(real(self, requests, on_edit))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WiseStream, "edit", breaks_off)
+        run(*arguments, "--checkpoints", 2)
+    assert not result_files(out)
+    (unfinished,) = out.glob("*.unfinished")
+    result = json.loads(unfinished.read_text(encoding="utf-8"))
+    assert [one["edits"] for one in result["checkpoints"]] == [2]
+    assert len(result["checkpoints"][0]["scores"]["zsre"]["rows"]) == 2
+    # The same run once more ends with a result and nothing unfinished.
+    assert run(*arguments, "--checkpoints", 2).exit_code == 0
+    (path,) = result_files(out)
+    assert path.stem == unfinished.stem
+    assert not list(out.glob("*.unfinished"))
 
 
 def test_mixed_and_separate_streams_make_the_same_edits(tmp_path: Path, checkpoint: Path, hparams: Path) -> None:
