@@ -66,7 +66,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     # Training of one edit
     edit_lr: float = 0.3
     """eta; of "steepest" in ``layer_units``, unless said otherwise. "lion" wants 0.45; the paper's 1.0 is of "sgd"."""
-    n_iter: int = 30
+    n_iter: int = 20
     optimizer: str = "steepest"
     """"steepest" with ``consolidation`` and with it alone; without it "sgd" (the paper's), or "adam" or "lion", whose
     steps do not depend on the size of the loss."""
