@@ -455,6 +455,19 @@ def test_a_conversation_on_one_cache_keeps_its_route(llama_edited: Edited) -> No
 
 
 @torch.no_grad()
+def test_a_cache_under_the_name_of_transformers_5_24_keeps_its_route(llama_edited: Edited) -> None:
+    """There the argument is ``cache``; this release's models ignore it, so the scope alone is asked."""
+    layer, scope = llama_edited.layer, llama_edited.layer.routing_scope
+    llama_edited.split()
+    cache = llama_edited.model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
+    decided = layer.last_route
+    enter = next(iter(llama_edited.model._forward_pre_hooks.values()))
+    enter(llama_edited.model, (), {"input_ids": torch.tensor([[21]]), "cache": cache})
+    assert scope.held_route(layer, 1) is decided
+    scope.end(None)
+
+
+@torch.no_grad()
 def test_memories_that_changed_since_decide_anew(llama_edited: Edited) -> None:
     model, layer = llama_edited.model, llama_edited.layer
     output = model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=True)

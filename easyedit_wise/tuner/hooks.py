@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from typing import Any
 
@@ -21,6 +21,12 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
+def _given_cache(given: Mapping[str, Any]) -> Any:
+    """The key-value cache that a call was given; transformers 5.24 renamed ``past_key_values`` to ``cache``."""
+    cache = given.get("past_key_values")
+    return given.get("cache") if cache is None else cache
+
+
 class _Enter:
     """Forward pre-hook: tell the scope what this call is about."""
 
@@ -35,7 +41,7 @@ class _Enter:
         if tokens is None:
             tokens = given.get("inputs_embeds")
         shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
-        self.scope.begin(given.get("attention_mask"), given.get("past_key_values"), shape)
+        self.scope.begin(given.get("attention_mask"), _given_cache(given), shape)
 
 
 class _Leave:
@@ -45,7 +51,7 @@ class _Leave:
         self.scope = scope
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = _given_cache(kwargs)
         if cache is None:
             cache = getattr(output, "past_key_values", None)
         if cache is None and isinstance(output, tuple):  # return_dict=False

@@ -145,7 +145,7 @@ class RoutingScope:
         Args:
             attention_mask: as given to the model: (B, cached + T), or what ``generate`` makes of it for a
                 static cache, (B, 1, T, cache size), one for each kind of attention.
-            cache: ``past_key_values`` as given, or None.
+            cache: the key-value cache as given, or None.
             shape: (B, T), the sequences and new tokens of this call, if known.
         """
         call = self._call
