@@ -62,12 +62,20 @@ class NormalEquations:
 
     def louder(self, share: Tensor, gain: float) -> NormalEquations:
         """With ``gain`` times as much of what some tokens added to ``outputs``, see :meth:`share`."""
-        return replace(self, outputs=self.outputs + (gain - 1) * share)
+        return self.with_more(share, gain - 1)
+
+    def with_more(self, share: Tensor, times: float) -> NormalEquations:
+        """With ``times`` a share more in ``outputs``, see :meth:`share`."""
+        return replace(self, outputs=self.outputs + times * share)
 
     def silent_on(self, activations: Tensor, weight: float) -> NormalEquations:
         """With some tokens that shall get nothing: a_u, shape (N, d_in), each with the weight v."""
         own = activations[:, self.columns].to(self.quiet.dtype)
         return replace(self, quiet=self.quiet + weight * (own.T @ own))
+
+    def quieter(self, times: float) -> NormalEquations:
+        """With ``times`` the weight on every token that shall get nothing."""
+        return replace(self, quiet=times * self.quiet)
 
     def quiet_factor(self) -> Tensor:
         """The Cholesky factor of K = sum_u v_u a_u a_u^T + lambda I, shape (n, n).

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model
 from easyedit_wise.editing import consolidated
-from easyedit_wise.editing.gain import SpokenEdit, equalised, write_amplified
-from easyedit_wise.editing.recorded import RecordedEdit, edit_scores
+from easyedit_wise.editing.gain import Gains, SpokenEdit, equalised, heard, write_amplified
+from easyedit_wise.editing.open_shard import OpenShard
+from easyedit_wise.editing.recorded import EditScores, RecordedEdit, edit_scores
 from easyedit_wise.editing.scored import ScoredInputs
 from easyedit_wise.least_squares import NormalEquations
 
@@ -33,8 +34,27 @@ def test_gains_stay_within_their_limits(scores: list[float], gain: float) -> Non
     assert all(gain <= one <= 2 * gain for one in equalised([gain] * len(scores), scores, gain))
 
 
-def edit_of(token: Tensor) -> RecordedEdit:
-    return RecordedEdit(ScoredInputs(token[None], torch.ones(1, 1, dtype=torch.bool)), torch.ones(1, 1).bool())
+def test_a_prompt_is_raised_until_it_is_heard_beside_its_target_by_hand() -> None:
+    # .7 of the answered 10 is 7: the first lacks 3.5 times, the second nothing, the third more than 8 times.
+    scores = [EditScores(2.0, 10.0), EditScores(9.0, 10.0), EditScores(0.1, 10.0), EditScores(0.0, 10.0)]
+    assert heard([1.0, 1.0, 1.0, 1.0], scores) == pytest.approx([3.5, 1.0, 8.0, 1.0])
+    # What has been given already counts; what is not needed any more is taken back.
+    assert heard([2.0, 4.0], [EditScores(7.0, 10.0), EditScores(10.0, 10.0)]) == pytest.approx([2.0, 2.8])
+
+
+@given(
+    scores=st.lists(st.tuples(st.floats(0.0, 1e6), st.floats(0.0, 1e6)), min_size=1, max_size=8),
+    before=st.floats(1.0, 8.0),
+)
+def test_a_prompts_gain_stays_within_its_limits(scores: list[tuple[float, float]], before: float) -> None:
+    found = heard([before] * len(scores), [EditScores(*sorted(one)) for one in scores])
+    assert all(1.0 <= one <= 8.0 for one in found)
+
+
+def edit_of(*tokens: Tensor, n_prompt: int = 1) -> RecordedEdit:
+    real = torch.ones(1, len(tokens), dtype=torch.bool)
+    in_prompt = torch.arange(len(tokens))[None] < n_prompt
+    return RecordedEdit(ScoredInputs(torch.stack(tokens), real), in_prompt)
 
 
 def test_two_edits_apart_get_what_they_lack() -> None:
@@ -47,12 +67,81 @@ def test_two_edits_apart_get_what_they_lack() -> None:
     spoken = []
     for index in range(2):
         token, said, weight = tokens[index : index + 1], outputs[index : index + 1], torch.ones(1)
-        spoken.append(SpokenEdit(edit_of(tokens[index]), equations.share(token, said, weight)))
+        share = equations.share(token, said, weight)
+        spoken.append(SpokenEdit(edit_of(tokens[index]), share, share))
         equations = equations.saying(token, said, weight)
     delta_weight = torch.zeros(2, 2)
     gains = write_amplified(equations, spoken, delta_weight, settings(gain=1.5))
-    assert gains == pytest.approx([2.625, 1.5], rel=1e-4)
+    assert [one.edit for one in gains] == pytest.approx([2.625, 1.5], rel=1e-4)
+    assert [one.prompt for one in gains] == [1.0, 1.0]
     torch.testing.assert_close(delta_weight, torch.diag(torch.tensor([5.25, 6.0])), rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_that_says_next_to_nothing_is_raised_alone() -> None:
+    """One edit whose prompt's token was trained to 1 and its target's to 10: 7 beside 10, times the gain of 2."""
+    tokens, outputs = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, 10.0]])
+    equations = NormalEquations.empty(torch.arange(2), 2).silent_on(torch.eye(2), 1e-6)
+    share = equations.share(tokens, outputs, torch.ones(2))
+    in_prompt = equations.share(tokens[:1], outputs[:1], torch.ones(1))
+    edit = SpokenEdit(edit_of(*tokens), share, in_prompt)
+    delta_weight = torch.zeros(2, 2)
+    gains = write_amplified(
+        equations.saying(tokens, outputs, torch.ones(2)), [edit], delta_weight, settings(**ON | {"gain": 2.0})
+    )
+    assert gains[0].prompt == pytest.approx(7.0, rel=1e-4)
+    torch.testing.assert_close(delta_weight, torch.diag(torch.tensor([14.0, 20.0])), rtol=1e-4, atol=1e-4)
+    # What is settled stays as loud.
+    settled = gains[0].applied(equations.saying(tokens, outputs, torch.ones(2)), edit)
+    torch.testing.assert_close(settled.solution(), delta_weight, rtol=1e-4, atol=1e-4)
+    assert gains == [Gains(2.0, gains[0].prompt)]
+
+
+def test_the_prompts_tokens_alone_are_in_the_prompts_share(llama: Any, tok: Any) -> None:
+    model, _ = apply_wise_to_model(llama, tok, about(2), settings(**ON))
+    shard = stream_on(model)._open_shard
+    assert shard is not None
+    for edit in shard.spoken:
+        assert 0 < edit.prompt_share.norm() < edit.share.norm()
+        assert (edit.share - edit.prompt_share).norm() > 0.05 * edit.share.norm()
+
+
+def shard_of(outputs: Tensor, unrelated: Tensor) -> tuple[OpenShard, ScoredInputs, Tensor]:
+    """Two orthogonal edits, quiet on a token that lies a little off the unrelated one."""
+    tokens = torch.eye(3)
+    quiet_on = torch.nn.functional.normalize(unrelated + 0.05 * tokens[2], dim=-1)
+    equations = NormalEquations.empty(torch.arange(3), 3).silent_on(quiet_on[None], 0.15)
+    spoken = []
+    for index in range(2):
+        token, said = tokens[index : index + 1], outputs[index : index + 1]
+        share = equations.share(token, said, torch.ones(1))
+        spoken.append(SpokenEdit(edit_of(tokens[index]), share, share))
+        equations = equations.saying(token, said, torch.ones(1))
+    asked = ScoredInputs(unrelated[None], torch.ones(1, 1, dtype=torch.bool))
+    return OpenShard(equations=equations, spoken=tuple(spoken)), asked, torch.zeros(3, 3)
+
+
+def test_an_unrelated_prompt_that_comes_near_the_edits_is_given_more_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
+    near = torch.nn.functional.normalize(torch.tensor([1.0, 1.0, 0.3]), dim=-1)
+    hparams = settings(**ON | {"gain": 1.0, "norm_constraint": None})
+
+    def ratio(weights: tuple[float, ...]) -> float:
+        monkeypatch.setattr(consolidated, "_MORE_QUIET", weights)
+        shard, asked, delta_weight = shard_of(outputs, near)
+        after = consolidated.write_solution(shard, delta_weight, asked, hparams)
+        assert after.equations is shard.equations  # the problem itself stays
+        edits = edit_scores([edit.recorded for edit in shard.spoken], delta_weight, hparams)
+        return float(asked.scores(delta_weight, hparams)) / min(one.prompt for one in edits)
+
+    assert ratio(()) > 0.75
+    assert ratio((3.0, 10.0)) <= 0.75
+    # Where no weight parts them, the edits are not made to pay for it.
+    assert ratio((1.01,)) == pytest.approx(ratio(()))
+    far = torch.tensor([0.0, 0.0, 1.0])
+    shard, asked, delta_weight = shard_of(outputs, far)
+    monkeypatch.setattr(consolidated, "_MORE_QUIET", (1e6,))
+    consolidated.write_solution(shard, delta_weight, asked, hparams)
+    assert delta_weight.norm() > 5.0  # and where they are apart, neither
 
 
 def test_the_gain_of_a_streams_edits(llama: Any, tok: Any) -> None:

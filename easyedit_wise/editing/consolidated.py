@@ -12,7 +12,7 @@ from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from .gain import SpokenEdit, write_amplified
 from .open_shard import WATCHED, OpenShard
-from .recorded import RecordedEdit
+from .recorded import RecordedEdit, edit_scores
 from .scored import ScoredInputs
 from .steepest import train_steepest
 from .task import EditTask
@@ -24,6 +24,10 @@ _COLUMNS = 1000
 _CONTEXT_WEIGHT = 0.3
 # A token of an edit that another memory holds counts as this share of a token of its irrelevant prompt.
 _ELSEWHERE_WEIGHT = 0.3
+# An unrelated prompt may score this share of the weakest edit; of most shards the loudest has .5 to .7.
+_CLEAR = 0.75
+# What the quiet side's weight is multiplied with where one scores more, until none does.
+_MORE_QUIET = (3.0, 10.0)
 
 
 def columns_of(mask: Tensor) -> Tensor:
@@ -136,6 +140,7 @@ def with_trained(
         (the problem with them, each one's share of it).
     """
     shares = [torch.zeros_like(equations.outputs) for _ in recorded]
+    prompts = [torch.zeros_like(equations.outputs) for _ in recorded]
     for group, said in zip(task.contexts, outputs, strict=True):
         rows, length = group.batch.input_ids.shape
         row = group.positions // length
@@ -143,14 +148,27 @@ def with_trained(
         # The plain prompt stands in every group, and counts once.
         weights = torch.where(row % per_edit == 0, 1.0 / len(task.contexts), _CONTEXT_WEIGHT)
         equations = equations.saying(group.activations, said, weights)
-        for index, share in enumerate(shares):
+        in_prompt = group.batch.prompt_mask.flatten()[group.positions]
+        for index in range(len(recorded)):
             own = row // per_edit == index
-            share += equations.share(group.activations[own], said[own], weights[own])
-    return equations, [SpokenEdit(one, share) for one, share in zip(recorded, shares, strict=True)]
+            for total, some in ((shares[index], own), (prompts[index], own & in_prompt)):
+                total += equations.share(group.activations[some], said[some], weights[some])
+    return equations, [SpokenEdit(*one) for one in zip(recorded, shares, prompts, strict=True)]
 
 
-def write_solution(shard: OpenShard, delta_weight: Tensor, hparams: WISEHyperParams) -> OpenShard:
+def write_solution(
+    shard: OpenShard, delta_weight: Tensor, unrelated: ScoredInputs, hparams: WISEHyperParams
+) -> OpenShard:
     """Solve a shard's problem into dW, entries clamped to ``norm_constraint``.
+
+    Where an unrelated prompt comes near the weakest edit, no threshold keeps one and refuses the other: then the quiet
+    side is given more weight, if that parts them. It costs the edits some of what they say, so it is not the rule.
+
+    Args:
+        shard: with its problem.
+        delta_weight: dW, shape (d_out, d_in), changed in place.
+        unrelated: prompts that the problem does not know, see :func:`held_out`.
+        hparams: settings.
 
     Returns:
         The shard; of more than :data:`WATCHED` edits the earliest keep the gain that they have by now.
@@ -163,8 +181,11 @@ def write_solution(shard: OpenShard, delta_weight: Tensor, hparams: WISEHyperPar
         raise ValueError("the shard has no least-squares problem: it was begun without consolidation.")
     equations, spoken = shard.equations, shard.spoken
     try:
-        gains = write_amplified(equations, spoken, delta_weight, hparams)
-        finite = bool(torch.isfinite(delta_weight).all())
+        for weight in (1.0, *_MORE_QUIET, 1.0):
+            gains = write_amplified(equations.quieter(weight), spoken, delta_weight, hparams)
+            finite = bool(torch.isfinite(delta_weight).all())
+            if not finite or _apart(spoken, unrelated, delta_weight, hparams):
+                break
     except torch.linalg.LinAlgError:  # what is not finite has no Cholesky factor
         finite = False
     if not finite:
@@ -176,8 +197,18 @@ def write_solution(shard: OpenShard, delta_weight: Tensor, hparams: WISEHyperPar
         delta_weight.clamp_(-hparams.norm_constraint, hparams.norm_constraint)
     n_settled = max(0, len(spoken) - WATCHED)
     for edit, gain in zip(spoken[:n_settled], gains[:n_settled], strict=True):
-        equations = equations.louder(edit.share, gain)
+        equations = gain.applied(equations, edit)
     return replace(shard, equations=equations, spoken=spoken[n_settled:])
+
+
+@torch.no_grad()
+def _apart(
+    spoken: Sequence[SpokenEdit], unrelated: ScoredInputs, delta_weight: Tensor, hparams: WISEHyperParams
+) -> bool:
+    """Whether the weakest edit stands clear of the loudest unrelated prompt; without edits it does."""
+    edits = [one.prompt for one in edit_scores([edit.recorded for edit in spoken], delta_weight, hparams)]
+    loudest = float(unrelated.scores(delta_weight, hparams).max()) if len(unrelated) else 0.0
+    return not edits or loudest <= _CLEAR * min(edits)
 
 
 def train_into(
@@ -185,6 +216,7 @@ def train_into(
     shard: OpenShard,
     task: EditTask,
     recorded: Sequence[RecordedEdit],
+    unrelated: ScoredInputs,
     hparams: WISEHyperParams,
     step: float,
     label: str,
@@ -198,6 +230,7 @@ def train_into(
         shard: with its problem so far.
         task: the edits.
         recorded: the edits as the router sees them.
+        unrelated: see :func:`write_solution`.
         hparams: settings.
         step: see :func:`train_steepest`.
         label: what an error calls the edits.
@@ -216,4 +249,4 @@ def train_into(
     trained = train_steepest(equations, len(delta_weight), task, hparams, step, label, on_iteration)
     equations, spoken = with_trained(equations, task, trained.outputs, recorded)
     shard = replace(shard, equations=equations, spoken=(*shard.spoken, *spoken))
-    return write_solution(shard, delta_weight, hparams), trained.losses
+    return write_solution(shard, delta_weight, unrelated, hparams), trained.losses

@@ -3,7 +3,11 @@
 An edit is trained until its own contexts give the target, and no further. In other words it gets only a share of that
 dW a, and a shard's threshold has to lie below its weakest edit, while what the strong ones leave in unrelated prompts
 lies where it is. So all of them say more than they were trained to, and weak ones up to the shard's median. Training
-further would not do: the loss is flat there. Not in the paper.
+further would not do: the loss is flat there.
+
+The route is decided by the prompt alone, and of some edits nearly all lies in the target: a text whose first tokens the
+model predicted anyway, or a long one. Their answer would be right if only they were asked. So what an edit's prompt
+says is raised until it is heard beside what its target says. Not in the paper.
 """
 
 from __future__ import annotations
@@ -17,10 +21,14 @@ from torch import Tensor
 
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
-from .recorded import RecordedEdit, edit_scores
+from .recorded import EditScores, RecordedEdit, edit_scores
 
 # A weak edit is raised by no more than this: one that the model half knew needs no loud answer.
 _LOUDEST = 2.0
+# An edit's prompt shall score at least this share of the loudest of its prompt and target.
+_HEARD = 0.7
+# For that, what its prompt says is raised by no more than this, beside the gain of the whole edit.
+_LOUDEST_PROMPT = 8.0
 # All scores move with each gain, a little: by then they have settled.
 _ROUNDS = 2
 
@@ -32,10 +40,30 @@ class SpokenEdit:
     Attributes:
         recorded: the edit as the router sees it.
         share: what it adds to the shard's ``NormalEquations.outputs``, shape (d_out, n).
+        prompt_share: what its prompt's tokens add, the same shape.
     """
 
     recorded: RecordedEdit
     share: Tensor
+    prompt_share: Tensor
+
+
+@dataclass(frozen=True)
+class Gains:
+    """How strongly an edit speaks.
+
+    Attributes:
+        edit: all of its tokens, times this.
+        prompt: those of its prompt, times this as well.
+    """
+
+    edit: float
+    prompt: float = 1.0
+
+    def applied(self, equations: NormalEquations, edit: SpokenEdit) -> NormalEquations:
+        """The problem in which ``edit``, so far as it was trained, speaks as strongly."""
+        louder = equations.louder(edit.share, self.edit)
+        return louder if self.prompt == 1.0 else louder.with_more(edit.prompt_share, self.edit * (self.prompt - 1.0))
 
 
 def equalised(gains: Sequence[float], scores: Sequence[float], gain: float) -> list[float]:
@@ -53,10 +81,23 @@ def equalised(gains: Sequence[float], scores: Sequence[float], gain: float) -> l
     ]
 
 
+def heard(prompt_gains: Sequence[float], scores: Sequence[EditScores]) -> list[float]:
+    """The prompts' gains that would let every prompt be heard beside its target, within [1, 8].
+
+    Args:
+        prompt_gains: the present ones.
+        scores: of each edit with these.
+    """
+    return [
+        min(max(own * _HEARD * one.answered / one.prompt if one.prompt > 0 else 1.0, 1.0), _LOUDEST_PROMPT)
+        for own, one in zip(prompt_gains, scores, strict=True)
+    ]
+
+
 @torch.no_grad()
 def write_amplified(
     equations: NormalEquations, spoken: Sequence[SpokenEdit], delta_weight: Tensor, hparams: WISEHyperParams
-) -> list[float]:
+) -> list[Gains]:
     """Put the solution with the edits' gains into dW.
 
     Args:
@@ -66,19 +107,23 @@ def write_amplified(
         hparams: settings.
 
     Returns:
-        The gain of each edit.
+        The gains of each edit.
 
     Raises:
         torch.linalg.LinAlgError: the problem is not finite.
     """
     factor = equations.factor()
-    gains = [hparams.gain] * len(spoken)
-    for left in reversed(range(_ROUNDS + 1 if len(spoken) > 1 else 1)):
+    gains = [Gains(hparams.gain)] * len(spoken)
+    for left in reversed(range(_ROUNDS + 1 if spoken else 1)):
         louder = equations
         for edit, gain in zip(spoken, gains, strict=True):
-            louder = louder.louder(edit.share, gain)
+            louder = gain.applied(louder, edit)
         delta_weight[:, equations.columns] = louder.solution(factor).to(delta_weight)
         if left:
             scores = edit_scores([edit.recorded for edit in spoken], delta_weight, hparams)
-            gains = equalised(gains, [one.prompt for one in scores], hparams.gain)
+            prompts = heard([gain.prompt for gain in gains], scores)
+            # Which scores the prompts will have with that.
+            expected = [one.prompt * new / old.prompt for one, new, old in zip(scores, prompts, gains, strict=True)]
+            edits = equalised([gain.edit for gain in gains], expected, hparams.gain)
+            gains = [Gains(edit, prompt) for edit, prompt in zip(edits, prompts, strict=True)]
     return gains
