@@ -106,9 +106,9 @@ def test_the_prompts_tokens_alone_are_in_the_prompts_share(llama: Any, tok: Any)
 
 
 def shard_of(outputs: Tensor, unrelated: Tensor) -> tuple[OpenShard, ScoredInputs, Tensor]:
-    """Two orthogonal edits, quiet on a token that lies a little off the unrelated one."""
+    """Two orthogonal edits, quiet on a token between them."""
     tokens = torch.eye(3)
-    quiet_on = torch.nn.functional.normalize(unrelated + 0.05 * tokens[2], dim=-1)
+    quiet_on = torch.nn.functional.normalize(torch.tensor([1.2, 1.0, 0.0]), dim=-1)
     equations = NormalEquations.empty(torch.arange(3), 3).silent_on(quiet_on[None], 0.15)
     spoken = []
     for index in range(2):
@@ -122,7 +122,7 @@ def shard_of(outputs: Tensor, unrelated: Tensor) -> tuple[OpenShard, ScoredInput
 
 def test_an_unrelated_prompt_that_comes_near_the_edits_is_given_more_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     outputs = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
-    near = torch.nn.functional.normalize(torch.tensor([1.0, 1.0, 0.3]), dim=-1)
+    near = torch.nn.functional.normalize(torch.tensor([1.0, 1.0, 0.0]), dim=-1)
     hparams = settings(**ON | {"gain": 1.0, "norm_constraint": None})
 
     def ratio(weights: tuple[float, ...]) -> float:
