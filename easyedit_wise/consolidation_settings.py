@@ -30,6 +30,12 @@ class ConsolidationSettings:
     its own epsilon by the largest factor. Needs ``consolidation``: the margins of Eq. 5 are of the paper's score."""
     other_subjects: int = 8
     """Irrelevant prompts of ``consolidation`` that are the edit's own with another subject in its place."""
+    scrambled: int = 8
+    """Irrelevant prompts of ``consolidation`` that are tokens of the edit's own, out of order among others: so that no
+    piece of a rare name activates the memory by itself."""
+    written: float = 2000.0
+    """What text at large, written by the model itself, counts as in ``consolidation``, in tokens per 1000 columns like
+    that; 0: none is written."""
     varied_contexts: bool = True
     """True: the contexts are the prompt behind a prefix, the prompt with words left out, and its subject alone behind
     a prefix, in turn. Without a known subject the third is the second behind a prefix."""
@@ -50,8 +56,11 @@ class ConsolidationSettings:
             raise ValueError(f"consolidation is {value!r}: it must be a finite number of at least 0.")
         if not is_number(self.gain) or not math.isfinite(self.gain) or self.gain <= 0:
             raise ValueError(f"gain is {self.gain!r}: it must be a finite number over 0, such as 1.5.")
+        if not is_number(self.written) or not math.isfinite(self.written) or self.written < 0:
+            raise ValueError(f"written is {self.written!r}: it must be a finite number of at least 0.")
         check_choice("mask", self.mask, MASKS)
-        check_count("other_subjects", self.other_subjects)
+        for name in ("other_subjects", "scrambled"):
+            check_count(name, getattr(self, name))
         for name in ("relative_scores", "varied_contexts"):
             check_switch(name, getattr(self, name))
         if value > 0 and self.mask != "columns":
@@ -59,7 +68,7 @@ class ConsolidationSettings:
                 f"consolidation is {value} with mask: {self.mask}, but only a shard of whole columns is one "
                 "least-squares problem: set mask: columns, or consolidation: 0."
             )
-        for name in ("relative_scores", "other_subjects"):
+        for name in ("relative_scores", "other_subjects", "scrambled", "written"):
             if getattr(self, name) and value == 0:
                 raise ValueError(
                     f"{name} is {getattr(self, name)} without consolidation: set consolidation: 200, too, or take "

@@ -62,6 +62,8 @@ _PAPER: dict[str, Any] = {
     "mask": "random",
     "consolidation": 0.0,
     "other_subjects": 0,
+    "scrambled": 0,
+    "written": 0.0,
     "gain": 1.0,
     "varied_contexts": False,
     "n_contexts": 10,

@@ -441,7 +441,11 @@ def test_the_optimizer_is_the_one_that_is_named(edit: Edit, optimizer: str) -> N
     reference = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}[optimizer]([leaf], lr=0.01)
     reference.step()
     outcome = train_edit(ZERO, EVERYWHERE, edit.task(), hparams)
-    torch.testing.assert_close(outcome.delta_weight, leaf.detach(), rtol=1e-3, atol=1e-5)
+    assert leaf.grad is not None
+    # Adam's first step is the sign of a gradient, and one that is all rounding has none.
+    clear = leaf.grad.abs() > 1e-6
+    assert clear.float().mean() > 0.9
+    torch.testing.assert_close(outcome.delta_weight[clear], leaf.detach()[clear], rtol=1e-3, atol=1e-5)
 
 
 def test_an_outcome_is_deterministic(edit: Edit) -> None:

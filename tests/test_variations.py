@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from easyedit_wise.data import demo_facts, other_subjects
 from easyedit_wise.editing.contexts import in_groups
-from easyedit_wise.editing.variations import about_others, varied_contexts, words_left_out
+from easyedit_wise.editing.variations import about_others, scrambled, varied_contexts, words_left_out
 
 WORDS = st.lists(st.sampled_from(["the", "old", "tower", "of", "Ghent", "stands,", "in"]), max_size=5)
 
@@ -79,3 +79,41 @@ def test_contexts_of_three_kinds_take_turns() -> None:
     nameless = varied_contexts("a b", None, ["p", "q", "r"], seeded(), share=0.0)
     assert nameless == ["p. a b", "a b", "r. a b"]
     assert in_groups("x", texts, 3) == [["x", *texts[:2]], ["x", *texts[2:]]]
+
+
+class Words:
+    """A tokenizer whose tokens are words."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[str]]:
+        assert not add_special_tokens
+        return {"input_ids": text.split()}
+
+    def decode(self, tokens: list[str]) -> str:
+        return " ".join(tokens)
+
+
+@given(prompt=st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=40), seed=st.integers(0, 99))
+def test_scrambled_prompts_are_the_own_tokens_between_others(prompt: list[str], seed: int) -> None:
+    texts = scrambled(" ".join(prompt), ["X Y Z", "U"], 3, Words(), seeded(seed))
+    assert len(texts) == 3
+    for text in texts:
+        tokens = text.split()
+        own = [token for token in tokens if token.islower()]
+        if len(prompt) <= 24:
+            assert sorted(own) == sorted(prompt)
+        else:
+            assert len(own) == 24
+            assert all(own.count(token) <= prompt.count(token) for token in own)
+        others = "".join(token for token in tokens if token.isupper())
+        assert others
+        assert others in "XYZU"
+        assert len(others) <= len(own)
+        assert tokens[0].isupper()  # another's token stands first
+
+
+def test_none_scrambled_draws_no_random_number() -> None:
+    generator = seeded()
+    before = generator.get_state()
+    assert scrambled("a b", ["X"], 0, Words(), generator) == []
+    assert scrambled("", ["X"], 3, Words(), generator) == []
+    assert torch.equal(generator.get_state(), before)

@@ -75,12 +75,19 @@ def with_elsewhere(elsewhere: Tensor | None, edits: Sequence[RecordedEdit]) -> T
     return elsewhere
 
 
-def opened(mask: Tensor, neutral: ScoredInputs, elsewhere: Tensor | None, hparams: WISEHyperParams) -> NormalEquations:
-    """The problem of a shard without edits: quiet on neutral prompts, and on what other memories hold.
+def opened(
+    mask: Tensor,
+    neutral: ScoredInputs,
+    written: Tensor | None,
+    elsewhere: Tensor | None,
+    hparams: WISEHyperParams,
+) -> NormalEquations:
+    """The problem of a shard without edits: quiet on neutral prompts, on text at large, and on what others hold.
 
     Args:
         mask: the shard's, bool, shape (d_out, d_in).
         neutral: all neutral prompts.
+        written: E[a a^T] of text at large, shape (d_in, d_in), or None.
         elsewhere: see :func:`with_elsewhere`.
         hparams: settings.
     """
@@ -88,8 +95,9 @@ def opened(mask: Tensor, neutral: ScoredInputs, elsewhere: Tensor | None, hparam
     columns = columns_of(mask)
     n_tokens = hparams.consolidation * len(columns) / _COLUMNS
     equations = NormalEquations.empty(columns, mask.shape[0]).silent_on(silent, n_tokens / len(silent))
-    if elsewhere is not None:
-        equations = replace(equations, quiet=equations.quiet + elsewhere[columns[:, None], columns])
+    for moments, weight in ((written, hparams.written * len(columns) / _COLUMNS), (elsewhere, 1.0)):
+        if moments is not None:
+            equations = replace(equations, quiet=equations.quiet + weight * moments[columns[:, None], columns])
     return equations
 
 
@@ -111,16 +119,18 @@ def with_irrelevant(
 
     Args:
         equations: the shard's so far.
-        task: the edits, with their prompts about other subjects.
+        task: the edits, with their prompts about other subjects and their tokens out of order.
         own: the irrelevant prompt of each edit that has one.
         hparams: settings.
     """
     for irrelevant in own:
         if irrelevant is not None:
             equations = equations.silent_on(irrelevant.activations, 1.0)
+    # All of an edit's of one kind together count as one prompt.
     if task.about_others is not None:
-        # All of an edit's together count as one prompt.
         equations = equations.silent_on(task.about_others.activations, 1.0 / hparams.other_subjects)
+    if task.scrambled is not None:
+        equations = equations.silent_on(task.scrambled.activations, 1.0 / hparams.scrambled)
     return equations
 
 

@@ -25,9 +25,13 @@ from .replay_plan import ReplayPlan
 from .requests import EditRequest, TokenBatch, pair_batch, prompt_batch
 from .scored import ScoredInputs
 from .task import RecordedContexts
+from .written import spread, written_tokens
 
 _SCORING_BATCH = 16
 _PREFIXES = "_wise_prefixes"
+_WRITTEN = "_wise_written"
+# Tokens enough for their spread in a layer of some thousand inputs, and few enough to be written within seconds.
+_WRITTEN_TEXTS, _WRITTEN_LENGTH = 64, 48
 
 
 class PromptRecorder:
@@ -47,11 +51,13 @@ class PromptRecorder:
         self.layer = layer
         # By the settings that they depend on, which may change in the middle of a stream.
         self._neutral: dict[tuple[bool, bool], tuple[ScoredInputs, LayerUnits]] = {}
+        self._written: dict[tuple[Any, ...], Tensor] = {}
         self._plan: ReplayPlan | None = None
 
     def share_recordings(self, other: PromptRecorder) -> None:
         """Take over what ``other`` recorded on the same base model."""
         self._neutral.update(other._neutral)
+        self._written.update(other._written)
 
     @contextmanager
     def main_memory_only(self) -> Iterator[None]:
@@ -82,12 +88,7 @@ class PromptRecorder:
         settings = (self.hparams.n_contexts, self.hparams.context_length, self.hparams.seed)
         if self.hparams.fixed_contexts:
             settings = (0, 0, 0)  # what they depend on does not enter
-        key = (
-            type(self.tok).__name__,
-            getattr(self.tok, "name_or_path", None),
-            getattr(self.tok, "vocab_size", None),
-            *settings,
-        )
+        key = (*self._tokenizer_key(), *settings)
         if key not in cache:
             n_contexts, length, seed = settings
             generator = torch.Generator().manual_seed(seed)
@@ -98,6 +99,29 @@ class PromptRecorder:
                     else generate_prefixes(self.model, self.tok, n_contexts, length, generator)
                 )
         return cache[key]
+
+    def written(self) -> Tensor:
+        """E[a a^T] of the layer's inputs over text at large, see :func:`spread`; shape (d_in, d_in).
+
+        Like the prefixes the texts stay with the model, and what the layer makes of them does not.
+        """
+        key = (*self._tokenizer_key(), self.hparams.seed)
+        if key not in self._written:
+            texts: dict[tuple[Any, ...], Tensor] = self.model.__dict__.setdefault(_WRITTEN, {})
+            with self.main_memory_only(), torch.no_grad():
+                if key not in texts:
+                    generator = torch.Generator().manual_seed(self.hparams.seed)
+                    texts[key] = written_tokens(self.model, self.tok, _WRITTEN_TEXTS, _WRITTEN_LENGTH, generator)
+                tokens = []
+                for ids in texts[key].to(self._device()).split(_SCORING_BATCH):
+                    real = torch.ones_like(ids)
+                    batch = TokenBatch(ids, real, real.bool(), ~real.bool())
+                    tokens.append(layer_input_of(self.model, self.layer, self._model_inputs(batch)).flatten(0, 1))
+                self._written[key] = spread(torch.cat(tokens))
+        return self._written[key]
+
+    def _tokenizer_key(self) -> tuple[Any, ...]:
+        return type(self.tok).__name__, getattr(self.tok, "name_or_path", None), getattr(self.tok, "vocab_size", None)
 
     def contexts(self, prompts: Sequence[Sequence[str]], requests: Sequence[EditRequest]) -> RecordedContexts:
         """Some contexts of each edit, as many of every one, each followed by its target.

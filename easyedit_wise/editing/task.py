@@ -104,6 +104,7 @@ class EditTask:
         earlier: the shard's earlier edits, or None.
         irrelevant_of: which rows of ``irrelevant`` are each edit's; None: one edit, which has all of them.
         about_others: the edits' own prompts about other subjects, or None.
+        scrambled: the edits' own tokens among others, or None.
         unit: what Delta_act and the rehearsal's distances are counted in.
         base_weight: W, shape (d_out, d_in), where the whole matrix decays; else None.
     """
@@ -115,6 +116,7 @@ class EditTask:
     irrelevant_of: Sequence[Tensor] | None = None
     unit: float = 1.0
     about_others: ScoredInputs | None = None
+    scrambled: ScoredInputs | None = None
     base_weight: Tensor | None = None
 
     @property

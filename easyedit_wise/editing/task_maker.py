@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..data import other_subjects
+from ..data import neutral_prompts, other_subjects
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from ..tuner.memory import MemoryState
@@ -18,7 +18,7 @@ from .recorder import PromptRecorder
 from .requests import EditRequest, encode_pair
 from .scored import ScoredInputs
 from .task import EditTask
-from .variations import about_others, varied_contexts
+from .variations import about_others, scrambled, varied_contexts
 from .whole_matrix import base_weight
 
 _PAST_EDITS_REPLAYED = 8
@@ -68,7 +68,14 @@ class TaskMaker:
         past = self._past_inputs(elsewhere) if self.hparams.replay else None
         whole = base_weight(self._recorder.layer.get_base_layer()) if self.hparams.decay_whole_matrix else None
         return EditTask(
-            contexts, irrelevant, past, shard.rehearsed, irrelevant_of, about_others=others, base_weight=whole
+            contexts,
+            irrelevant,
+            past,
+            shard.rehearsed,
+            irrelevant_of,
+            about_others=others,
+            scrambled=self._scrambled(requests),
+            base_weight=whole,
         )
 
     def own_irrelevant(self, requests: Sequence[EditRequest]) -> list[ScoredInputs | None]:
@@ -100,7 +107,8 @@ class TaskMaker:
         """
         if live.mask is None:
             raise ValueError("the open shard has no mask: restore the model, or go on with consolidation: 0.")
-        equations = opened(live.mask, self._recorder.neutral(), elsewhere, self.hparams)
+        written = self._recorder.written() if self.hparams.written else None
+        equations = opened(live.mask, self._recorder.neutral(), written, elsewhere, self.hparams)
         for some in self._recorder.edits(held):
             equations = rebuilt(equations, some, live.delta_weight)
         return equations
@@ -133,6 +141,12 @@ class TaskMaker:
             if request.subject is not None:
                 count, named = self.hparams.other_subjects, other_subjects()
                 texts += about_others(request.prompt, request.subject, named, count, self._generator)
+        return self._recorder.scored([self._recorder.rendered(text) for text in texts]) if texts else None
+
+    def _scrambled(self, requests: Sequence[EditRequest]) -> ScoredInputs | None:
+        """The tokens of each request's prompt, out of order among those of neutral prompts."""
+        neutral, count, tok = neutral_prompts(), self.hparams.scrambled, self._recorder.tok
+        texts = [text for one in requests for text in scrambled(one.prompt, neutral, count, tok, self._generator)]
         return self._recorder.scored([self._recorder.rendered(text) for text in texts]) if texts else None
 
     def _irrelevant_inputs(self, own: Sequence[ScoredInputs | None]) -> tuple[ScoredInputs, list[Tensor]]:

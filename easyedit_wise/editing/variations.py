@@ -8,8 +8,13 @@ in its place. Not in the paper, which puts random prefixes before the prompt and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
 
 import torch
+
+# A long prompt gives some of its tokens to each text.
+_SCRAMBLED_TOKENS = 24
 
 
 def words_left_out(prompt: str, subject: str | None, share: float, generator: torch.Generator) -> str:
@@ -46,6 +51,32 @@ def about_others(prompt: str, subject: str, others: Sequence[str], count: int, g
     names = [name for name in others if name.casefold() != subject.casefold()]
     picked = torch.randperm(len(names), generator=generator)[:count].tolist()
     return [prompt.replace(subject, names[index]) for index in picked]
+
+
+def scrambled(prompt: str, others: Sequence[str], count: int, tok: Any, generator: torch.Generator) -> list[str]:
+    """Some of the prompt's tokens in another order, each behind one of another prompt: the edit must not hang on them.
+
+    The first piece of a rare name, or the "'s" behind it, would else activate a memory wherever it stands, in whatever
+    name. What is the edit's own is how its tokens go together.
+
+    Args:
+        prompt: x_e.
+        others: prompts to mix it with; one is drawn for each text.
+        count: how many texts.
+        tok: the tokenizer.
+        generator: the only source of randomness, on the CPU.
+    """
+    own = tok(prompt, add_special_tokens=False)["input_ids"] if count else []
+    texts = []
+    for _ in range(count if own else 0):
+        mine = [own[index] for index in torch.randperm(len(own), generator=generator)[:_SCRAMBLED_TOKENS].tolist()]
+        drawn = others[int(torch.randint(len(others), (1,), generator=generator))]
+        other = tok(drawn, add_special_tokens=False)["input_ids"]
+        start = int(torch.randint(max(1, len(other) - len(mine) + 1), (1,), generator=generator))
+        pairs = zip_longest(other[start : start + len(mine)], mine)
+        text = str(tok.decode([token for pair in pairs for token in pair if token is not None]))
+        texts.append(text)
+    return texts
 
 
 def varied_contexts(

@@ -1,0 +1,60 @@
+"""Text at large: what the model itself writes, and how the layer's inputs are spread over it.
+
+A shard has to be quiet on everything that is not about its edits, and no list of neutral prompts names all of that. The
+model's own samples are its idea of text; their second moments E[a a^T] are what ROME and MEMIT weigh their updates with
+(Meng et al., 2022). Not in the paper.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def written_tokens(model: nn.Module, tok: Any, n_texts: int, length: int, generator: torch.Generator) -> Tensor:
+    """Texts that the model samples from nothing, from its whole distribution.
+
+    Args:
+        model: f_Theta, with its side memories off.
+        tok: its tokenizer.
+        n_texts: how many.
+        length: tokens of each, the one that it begins with among them.
+        generator: the only source of randomness, on the CPU.
+
+    Returns:
+        Token ids, int64, shape (n_texts, length).
+    """
+    device = next(model.parameters()).device
+    start = next((i for i in (tok.bos_token_id, tok.eos_token_id) if i is not None), 0)
+    special = sorted(set(getattr(tok, "all_special_ids", None) or []))
+    ids = torch.full((n_texts, 1), start, device=device)
+    cache: Any = None
+    for _ in range(length - 1):
+        # What the cache holds need not be computed again; a model without one gets the whole text.
+        inputs = ids if cache is None else ids[:, -1:]
+        out = model(input_ids=inputs, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
+        cache = getattr(out, "past_key_values", None)
+        logits = out.logits[:, -1].float().cpu()
+        if special and len(special) < logits.shape[-1]:
+            logits[:, special] = -torch.inf
+        picked = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+        ids = torch.cat([ids, picked.to(device)], dim=-1)
+    return ids.cpu()
+
+
+def spread(activations: Tensor) -> Tensor:
+    """E[a a^T] with every token as loud as the middle one, shape (d_in, d_in), in fp32.
+
+    A score is relative to ||a||, so a token that is a thousand times as loud as the others, as the first of a text is
+    in some models, must not count a million times as much.
+
+    Args:
+        activations: A(x) of N tokens, shape (N, d_in).
+    """
+    tokens = activations.float()
+    norms = tokens.norm(dim=-1, keepdim=True)
+    tokens = tokens * (norms.median() / norms.clamp(min=torch.finfo(torch.float32).tiny))
+    return tokens.T @ tokens / len(tokens)
