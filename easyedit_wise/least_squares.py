@@ -93,17 +93,27 @@ class NormalEquations:
         """
         return torch.linalg.cholesky(self._with_ridge(self.edits + self.quiet))
 
-    def solution(self, factor: Tensor | None = None) -> Tensor:
+    def solution(self, factor: Tensor | None = None, feedback: int = 0) -> Tensor:
         """The columns of dW, shape (d_out, n).
+
+        With ``feedback`` the edits' residual, sum_t w_t (y_t - dW a_t) a_t^T, is added to what they shall say, and the
+        problem is solved again with the same factor: steps of the augmented Lagrangian method towards dW a_t = y_t, in
+        which being quiet decides what the edits leave open.
 
         Args:
             factor: :meth:`factor`, where it is known.
+            feedback: how many such steps.
 
         Raises:
             ValueError: nothing is to be quiet, so that there is no scale for lambda.
         """
         factor = self.factor() if factor is None else factor
-        return torch.cholesky_solve(self.outputs.T, factor).T.contiguous()
+        asked = self.outputs
+        solved = torch.cholesky_solve(asked.T, factor).T
+        for _ in range(feedback):
+            asked = asked + self.outputs - solved @ self.edits
+            solved = torch.cholesky_solve(asked.T, factor).T
+        return solved.contiguous()
 
     def _with_ridge(self, matrix: Tensor) -> Tensor:
         scale = self.quiet.diagonal().mean()

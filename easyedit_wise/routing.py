@@ -21,6 +21,7 @@ POOLINGS = ("mean", "max", "last")
 # The same prompt scores a little differently in another batch. A threshold keeps this share of distance from
 # the scores that it is set from, else the edit that gives the minimum would exceed it only by luck.
 _ROUNDING = 1e-3
+_SPENDING = 0.3
 
 
 def routing_activation(activations: Tensor, delta_weight: Tensor) -> Tensor:
@@ -127,6 +128,25 @@ def minimum_threshold(edit_scores: Sequence[float], act_ratio: float = 1.0) -> f
     if not len(edit_scores):
         raise ValueError("epsilon is a minimum over the edits' scores, and there is none: edit first.")
     return float(act_ratio) * float(min(edit_scores)) * (1 - _ROUNDING)
+
+
+def spent_position(position: float, n_earlier: int) -> float:
+    """Where in its gap the threshold of one more memory lies, so that many memories do not let more prompts fire.
+
+    An unrelated prompt fires if any of the memories lets it, so each further one has to be stricter than the one
+    before, as in sequential testing, where every test spends less of what may go wrong in all of them together
+    ("alpha spending"). The distance to the edits' side shrinks with the number of memories to the power of -0.3.
+
+    Args:
+        position: of the first memory, in [0, 1], see :func:`calibrated_threshold`.
+        n_earlier: memories that are there already.
+
+    Raises:
+        ValueError: a negative number of memories.
+    """
+    if n_earlier < 0:
+        raise ValueError(f"n_earlier={n_earlier}: a memory cannot have fewer than no others before it.")
+    return 1.0 - (1.0 - position) * (1.0 + n_earlier) ** -_SPENDING
 
 
 def calibrated_threshold(

@@ -43,6 +43,16 @@ def test_no_other_matrix_fits_better(seed: int, n: int, d_out: int) -> None:
         assert loss(solution) <= loss(solution + 0.01 * random(d_out, n, seed=seed + 10 + step)) + 1e-5
 
 
+def test_feedback_by_hand() -> None:
+    """One column, a = 1, y = 3, quiet side 1 without ridge to speak of: 3/2 first, then (3 + 3 - 3/2)/2."""
+    problem = NormalEquations.empty(torch.tensor([0]), d_out=1)
+    problem = problem.saying(torch.tensor([[1.0]]), torch.tensor([[3.0]]), torch.tensor([1.0]))
+    problem = problem.silent_on(torch.tensor([[1.0]]), weight=1 / (1 + _RIDGE))
+    torch.testing.assert_close(problem.solution(), torch.tensor([[1.5]]))
+    torch.testing.assert_close(problem.solution(feedback=1), torch.tensor([[2.25]]))
+    torch.testing.assert_close(problem.solution(feedback=40), torch.tensor([[3.0]]))
+
+
 def test_more_tokens_take_no_more_memory_and_their_order_does_not_matter() -> None:
     def problem(parts: list[int]) -> NormalEquations:
         made = NormalEquations.empty(torch.arange(4), 3).silent_on(random(6, 4, seed=9), 1.0)

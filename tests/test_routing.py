@@ -18,6 +18,7 @@ from easyedit_wise.routing import (
     minimum_threshold,
     pool,
     routing_activation,
+    spent_position,
     upstream_activation,
 )
 
@@ -214,6 +215,18 @@ def test_calibrated_threshold_of_separated_scores(position: float, expected: flo
     # The gap goes from 2 (the highest irrelevant score) to 6 (the lowest edit): 2 + position * 4,
     # and a thousandth away from either.
     assert calibrated_threshold([9.0, 6.0, 8.0], [1.0, 2.0, 0.5], position) == pytest.approx(expected)
+
+
+def test_each_further_memory_is_stricter() -> None:
+    # 1 - 0.5 / 32 ** 0.3 = 1 - 0.5 / 2.8284
+    assert spent_position(0.5, 0) == 0.5
+    assert spent_position(0.5, 31) == pytest.approx(1 - 0.5 / 2**1.5)
+    positions = [spent_position(0.2, n) for n in range(1000)]
+    assert positions == sorted(positions)
+    assert positions[-1] < 1.0
+    assert spent_position(1.0, 7) == 1.0
+    with pytest.raises(ValueError, match="-1"):
+        spent_position(0.5, -1)
 
 
 @pytest.mark.parametrize("position", [0.0, 0.5, 1.0])

@@ -25,7 +25,7 @@ from easyedit_wise.editing.stream import EditStream
 from easyedit_wise.editing.trainer import EditDivergedError, EditOutcome, EditTask, train_edit
 from easyedit_wise.hparams import WISEHyperParams
 from easyedit_wise.merging import merge
-from easyedit_wise.routing import calibrated_threshold, minimum_threshold
+from easyedit_wise.routing import calibrated_threshold, minimum_threshold, spent_position
 from easyedit_wise.tuner.attach import attach, check_layer
 from easyedit_wise.tuner.memory import MemoryState
 
@@ -266,10 +266,11 @@ def test_epsilon_by_the_papers_rule(make_model: Any, tok: Any, act_ratio: float,
             assert state.epsilon == pytest.approx(act_ratio * min(scores), rel=1e-2)
 
 
-@pytest.mark.parametrize("position", [0.0, 0.7])
-def test_epsilon_calibrated(make_model: Any, tok: Any, position: float) -> None:
+@pytest.mark.parametrize(("position", "retrieve"), [(0.0, False), (0.7, False), (0.4, True)])
+def test_epsilon_calibrated(make_model: Any, tok: Any, position: float, retrieve: bool) -> None:
     base = make_model("llama")
-    hparams = settings(epsilon_position=position, save_freq=1, merge_freq=2, n_iter=8)
+    merge_freq = 1 if retrieve else 2
+    hparams = settings(epsilon_position=position, save_freq=1, merge_freq=merge_freq, retrieve=retrieve, n_iter=8)
     stream = open_stream(make_model("llama"), tok, hparams)
     edits = [EditRequest(prompt, target, loc_prompt=f"{target} in the north") for prompt, target in FACTS[:3]]
     for count, edit in enumerate(edits):
@@ -283,7 +284,8 @@ def test_epsilon_calibrated(make_model: Any, tok: Any, position: float) -> None:
             # An edit is asked by its prompt alone and, when it is scored, with the answer behind it.
             asked = scores([edit.prompt for edit in mine] + [f"{edit.prompt} {edit.target}" for edit in mine])
             others = scores([*(edit.loc_prompt for edit in mine), *neutral_prompts()])
-            expected = calibrated_threshold(asked, others, position)
+            # Of the memories that stay beside each other, each further one is stricter.
+            expected = calibrated_threshold(asked, others, spent_position(position, index if retrieve else 0))
             assert state.epsilon == pytest.approx(expected, rel=1e-3), (count, index)
 
 

@@ -29,6 +29,9 @@ _LOUDEST = 2.0
 _HEARD = 0.7
 # For that, what its prompt says is raised by no more than this, beside the gain of the whole edit.
 _LOUDEST_PROMPT = 8.0
+# How often what the edits lack of what they shall say is asked for once more: the more a shard is quiet on, the less
+# of it they get.
+_FEEDBACK = 1
 # All scores move with each gain, a little: by then they have settled.
 _ROUNDS = 2
 
@@ -118,7 +121,7 @@ def write_amplified(
         louder = equations
         for edit, gain in zip(spoken, gains, strict=True):
             louder = gain.applied(louder, edit)
-        delta_weight[:, equations.columns] = louder.solution(factor).to(delta_weight)
+        delta_weight[:, equations.columns] = louder.solution(factor, _FEEDBACK).to(delta_weight)
         if left:
             scores = edit_scores([edit.recorded for edit in spoken], delta_weight, hparams)
             prompts = heard([gain.prompt for gain in gains], scores)

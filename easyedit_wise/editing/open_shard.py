@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
-from ..routing import calibrated_threshold, minimum_threshold
+from ..routing import calibrated_threshold, minimum_threshold, spent_position
 from ..sketching import frequent_directions
 from .gain import SpokenEdit
 from .recorded import EditScores, RecordedEdit, edit_scores
@@ -80,9 +80,20 @@ class OpenShard:
 
 
 def threshold(
-    scores: Iterable[EditScores], neutral: ScoredInputs, delta_weight: Tensor, hparams: WISEHyperParams
+    scores: Iterable[EditScores],
+    neutral: ScoredInputs,
+    delta_weight: Tensor,
+    hparams: WISEHyperParams,
+    n_earlier: int = 0,
 ) -> float:
     """epsilon of a memory, from what its edits and what irrelevant prompts score under its dW.
+
+    Args:
+        scores: of its edits.
+        neutral: irrelevant prompts beside the edits' own.
+        delta_weight: dW, shape (d_out, d_in).
+        hparams: settings.
+        n_earlier: memories before it.
 
     Raises:
         ValueError: there is no edit.
@@ -94,4 +105,4 @@ def threshold(
     irrelevant = [one.irrelevant for one in scores if one.irrelevant is not None]
     with torch.no_grad():
         irrelevant += neutral.scores(delta_weight, hparams).tolist()
-    return calibrated_threshold(edits, irrelevant, hparams.epsilon_position)
+    return calibrated_threshold(edits, irrelevant, spent_position(hparams.epsilon_position, n_earlier))

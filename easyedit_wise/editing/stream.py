@@ -229,7 +229,7 @@ class EditStream:
             trained = [sum(one.edit_scores) / per_edit for one in made]
             states = with_epsilon_as_trained(states, trained, live.n_edits, self.hparams)
         else:
-            states[-1] = states[-1].with_(epsilon=self._threshold(scores, learned))
+            states[-1] = states[-1].with_(epsilon=self._threshold(scores, learned, place))
         self._open_shard = shard
         self.layer.install(self.adapter_name, self._closed_if_full(states))
         return made
@@ -314,15 +314,16 @@ class EditStream:
 
     # -- thresholds ---------------------------------------------------------------------------
 
-    def _threshold(self, scores: Sequence[EditScores], delta_weight: Tensor) -> float:
+    def _threshold(self, scores: Sequence[EditScores], delta_weight: Tensor, place: int) -> float:
         neutral = self._recorder.neutral()
         if self.hparams.consolidation:
             neutral = held_out(neutral)
-        return threshold(scores, neutral, delta_weight, self.hparams)
+        # The shards of WISE-Merge become one memory before long.
+        return threshold(scores, neutral, delta_weight, self.hparams, place if self.hparams.retrieve else 0)
 
     def _calibrated(self, state: MemoryState, place: int) -> MemoryState:
         """A closed memory with epsilon from all its edits, scored anew from their texts, some at a time."""
         scores: list[EditScores] = []
         for recorded in self._recorder.edits(self._requests_in(place)):
             scores += edit_scores(recorded, state.delta_weight, self.hparams)
-        return state.with_(epsilon=self._threshold(scores, state.delta_weight)) if scores else state
+        return state.with_(epsilon=self._threshold(scores, state.delta_weight, place)) if scores else state
