@@ -66,7 +66,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     # Training of one edit
     edit_lr: float = 0.3
     """eta; of "steepest" in ``layer_units``, unless said otherwise. "lion" wants 0.45; the paper's 1.0 is of "sgd"."""
-    n_iter: int = 20
+    n_iter: int = 30
     optimizer: str = "steepest"
     """"steepest" with ``consolidation`` and with it alone; without it "sgd" (the paper's), or "adam" or "lion", whose
     steps do not depend on the size of the loss."""
@@ -83,7 +83,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     objective_optimization: str = "only_label"
     first_token_weight: float = 2.0
     """Weight of the first target token in L_edit; it decides whether generation starts to say the fact."""
-    early_stop_loss: float = 0.02
+    early_stop_loss: float = 0.005
     early_stop_change: float = 0.02
 
     # Routing (Eq. 3, 5, 6)
