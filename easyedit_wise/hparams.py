@@ -78,8 +78,8 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     where every masked entry pulls alike. Then one set of values fits any model."""
     weight_decay: float = 0.0
     """Decay of dW inside the mask; the paper has none, EasyEdit 1e-5 (see ``decay_whole_matrix``)."""
-    norm_constraint: float | None = 1.0
-    """Elementwise limit on |dW|; None switches it off."""
+    norm_constraint: float | None = None
+    """Elementwise limit on |dW|, 1.0 in the paper; None switches it off: a solution that is cut solves nothing."""
     objective_optimization: str = "only_label"
     first_token_weight: float = 2.0
     """Weight of the first target token in L_edit; it decides whether generation starts to say the fact."""
@@ -93,7 +93,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     act_ratio: float | None = None
     """None: epsilon is calibrated from the edits' and irrelevant prompts' own scores. A number: epsilon =
     act_ratio * min over the edits (1.0 is the paper's rule, EasyEdit's files tune it per model)."""
-    epsilon_position: float = 0.5
+    epsilon_position: float = 0.75
     """Where in the gap between irrelevant prompts (0) and edits (1) a calibrated epsilon lies, of the first memory; of
     each further one nearer to the edits (``routing.spent_position``)."""
     pooling: str = "max"

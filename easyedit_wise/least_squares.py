@@ -73,10 +73,6 @@ class NormalEquations:
         own = activations[:, self.columns].to(self.quiet.dtype)
         return replace(self, quiet=self.quiet + weight * (own.T @ own))
 
-    def quieter(self, times: float) -> NormalEquations:
-        """With ``times`` the weight on every token that shall get nothing."""
-        return replace(self, quiet=times * self.quiet)
-
     def quiet_factor(self) -> Tensor:
         """The Cholesky factor of K = sum_u v_u a_u a_u^T + lambda I, shape (n, n).
 

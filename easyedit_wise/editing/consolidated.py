@@ -12,7 +12,7 @@ from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from .gain import SpokenEdit, write_amplified
 from .open_shard import WATCHED, OpenShard
-from .recorded import RecordedEdit, edit_scores
+from .recorded import RecordedEdit
 from .scored import ScoredInputs
 from .steepest import train_steepest
 from .task import EditTask
@@ -24,10 +24,6 @@ _COLUMNS = 1000
 _CONTEXT_WEIGHT = 0.3
 # A token of an edit that another memory holds counts as this share of a token of its irrelevant prompt.
 _ELSEWHERE_WEIGHT = 0.3
-# An unrelated prompt may score this share of the weakest edit; of most shards the loudest has .5 to .7.
-_CLEAR = 0.75
-# What the quiet side's weight is multiplied with where one scores more, until none does.
-_MORE_QUIET = (3.0, 10.0)
 
 
 def columns_of(mask: Tensor) -> Tensor:
@@ -166,18 +162,12 @@ def with_trained(
     return equations, [SpokenEdit(*one) for one in zip(recorded, shares, prompts, strict=True)]
 
 
-def write_solution(
-    shard: OpenShard, delta_weight: Tensor, unrelated: ScoredInputs, hparams: WISEHyperParams
-) -> OpenShard:
+def write_solution(shard: OpenShard, delta_weight: Tensor, hparams: WISEHyperParams) -> OpenShard:
     """Solve a shard's problem into dW, entries clamped to ``norm_constraint``.
-
-    Where an unrelated prompt comes near the weakest edit, no threshold keeps one and refuses the other: then the quiet
-    side is given more weight, if that parts them. It costs the edits some of what they say, so it is not the rule.
 
     Args:
         shard: with its problem.
         delta_weight: dW, shape (d_out, d_in), changed in place.
-        unrelated: prompts that the problem does not know, see :func:`held_out`.
         hparams: settings.
 
     Returns:
@@ -191,11 +181,8 @@ def write_solution(
         raise ValueError("the shard has no least-squares problem: it was begun without consolidation.")
     equations, spoken = shard.equations, shard.spoken
     try:
-        for weight in (1.0, *_MORE_QUIET, 1.0):
-            gains = write_amplified(equations.quieter(weight), spoken, delta_weight, hparams)
-            finite = bool(torch.isfinite(delta_weight).all())
-            if not finite or _apart(spoken, unrelated, delta_weight, hparams):
-                break
+        gains = write_amplified(equations, spoken, delta_weight, hparams)
+        finite = bool(torch.isfinite(delta_weight).all())
     except torch.linalg.LinAlgError:  # what is not finite has no Cholesky factor
         finite = False
     if not finite:
@@ -211,22 +198,11 @@ def write_solution(
     return replace(shard, equations=equations, spoken=spoken[n_settled:])
 
 
-@torch.no_grad()
-def _apart(
-    spoken: Sequence[SpokenEdit], unrelated: ScoredInputs, delta_weight: Tensor, hparams: WISEHyperParams
-) -> bool:
-    """Whether the weakest edit stands clear of the loudest unrelated prompt; without edits it does."""
-    edits = [one.prompt for one in edit_scores([edit.recorded for edit in spoken], delta_weight, hparams)]
-    loudest = float(unrelated.scores(delta_weight, hparams).max()) if len(unrelated) else 0.0
-    return not edits or loudest <= _CLEAR * min(edits)
-
-
 def train_into(
     delta_weight: Tensor,
     shard: OpenShard,
     task: EditTask,
     recorded: Sequence[RecordedEdit],
-    unrelated: ScoredInputs,
     hparams: WISEHyperParams,
     step: float,
     label: str,
@@ -240,7 +216,6 @@ def train_into(
         shard: with its problem so far.
         task: the edits.
         recorded: the edits as the router sees them.
-        unrelated: see :func:`write_solution`.
         hparams: settings.
         step: see :func:`train_steepest`.
         label: what an error calls the edits.
@@ -259,4 +234,4 @@ def train_into(
     trained = train_steepest(equations, len(delta_weight), task, hparams, step, label, on_iteration)
     equations, spoken = with_trained(equations, task, trained.outputs, recorded)
     shard = replace(shard, equations=equations, spoken=(*shard.spoken, *spoken))
-    return write_solution(shard, delta_weight, unrelated, hparams), trained.losses
+    return write_solution(shard, delta_weight, hparams), trained.losses

@@ -264,10 +264,7 @@ class EditStream:
             for some in self._recorder.edits(held):
                 self._elsewhere = with_elsewhere(self._elsewhere, some)
         step = self.hparams.edit_lr * (self._recorder.units().output_norm if self.hparams.layer_units else 1.0)
-        unrelated = held_out(self._recorder.neutral())
-        shard, outcome = train_into(
-            live.delta_weight, shard, task, recorded, unrelated, self.hparams, step, label, on_iteration
-        )
+        shard, outcome = train_into(live.delta_weight, shard, task, recorded, self.hparams, step, label, on_iteration)
         self._elsewhere = with_elsewhere(self._elsewhere, recorded)
         return shard, outcome
 
