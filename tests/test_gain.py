@@ -15,7 +15,6 @@ from torch import Tensor
 from easyedit_wise.easyedit.apply import apply_wise_to_model
 from easyedit_wise.editing import consolidated
 from easyedit_wise.editing.gain import Gains, SpokenEdit, equalised, heard, write_amplified
-from easyedit_wise.editing.open_shard import OpenShard
 from easyedit_wise.editing.recorded import EditScores, RecordedEdit, edit_scores
 from easyedit_wise.editing.scored import ScoredInputs
 from easyedit_wise.least_squares import NormalEquations
@@ -105,45 +104,6 @@ def test_the_prompts_tokens_alone_are_in_the_prompts_share(llama: Any, tok: Any)
         assert (edit.share - edit.prompt_share).norm() > 0.05 * edit.share.norm()
 
 
-def shard_of(outputs: Tensor, unrelated: Tensor) -> tuple[OpenShard, ScoredInputs, Tensor]:
-    """Two orthogonal edits, quiet on a token between them."""
-    tokens = torch.eye(3)
-    quiet_on = torch.nn.functional.normalize(torch.tensor([1.2, 1.0, 0.0]), dim=-1)
-    equations = NormalEquations.empty(torch.arange(3), 3).silent_on(quiet_on[None], 0.15)
-    spoken = []
-    for index in range(2):
-        token, said = tokens[index : index + 1], outputs[index : index + 1]
-        share = equations.share(token, said, torch.ones(1))
-        spoken.append(SpokenEdit(edit_of(tokens[index]), share, share))
-        equations = equations.saying(token, said, torch.ones(1))
-    asked = ScoredInputs(unrelated[None], torch.ones(1, 1, dtype=torch.bool))
-    return OpenShard(equations=equations, spoken=tuple(spoken)), asked, torch.zeros(3, 3)
-
-
-def test_an_unrelated_prompt_that_comes_near_the_edits_is_given_more_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    outputs = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0]])
-    near = torch.nn.functional.normalize(torch.tensor([1.0, 1.0, 0.0]), dim=-1)
-    hparams = settings(**ON | {"gain": 1.0, "norm_constraint": None})
-
-    def ratio(weights: tuple[float, ...]) -> float:
-        monkeypatch.setattr(consolidated, "_MORE_QUIET", weights)
-        shard, asked, delta_weight = shard_of(outputs, near)
-        after = consolidated.write_solution(shard, delta_weight, asked, hparams)
-        assert after.equations is shard.equations  # the problem itself stays
-        edits = edit_scores([edit.recorded for edit in shard.spoken], delta_weight, hparams)
-        return float(asked.scores(delta_weight, hparams)) / min(one.prompt for one in edits)
-
-    assert ratio(()) > 0.75
-    assert ratio((3.0, 10.0)) <= 0.75
-    # Where no weight parts them, the edits are not made to pay for it.
-    assert ratio((1.01,)) == pytest.approx(ratio(()))
-    far = torch.tensor([0.0, 0.0, 1.0])
-    shard, asked, delta_weight = shard_of(outputs, far)
-    monkeypatch.setattr(consolidated, "_MORE_QUIET", (1e6,))
-    consolidated.write_solution(shard, delta_weight, asked, hparams)
-    assert delta_weight.norm() > 5.0  # and where they are apart, neither
-
-
 def test_the_gain_of_a_streams_edits(llama: Any, tok: Any) -> None:
     """Twice the gain, twice dW; and the weaker of two edits comes nearer to the other."""
     scores: dict[float, list[float]] = {}
@@ -197,7 +157,9 @@ def test_the_next_shard_is_quiet_on_earlier_edits_and_their_irrelevant_prompts(l
             assert edit.irrelevant is not None
             expected += 0.3 * edit.answered.activations.T @ edit.answered.activations
             expected += edit.irrelevant.activations.T @ edit.irrelevant.activations
-    opened = consolidated.opened(stream._with_live_shard()[-1].mask, recorder.neutral(), None, hparams)  # type: ignore[arg-type]  # has one
+    mask = stream._with_live_shard()[-1].mask
+    assert mask is not None
+    opened = consolidated.opened(mask, recorder.neutral(), None, None, hparams)
     own = consolidated.with_irrelevant(
         opened,
         stream._tasks.task([stream.held[3].request], [None], [], shard),

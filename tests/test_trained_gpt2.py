@@ -6,9 +6,9 @@ in other words and confined to their subject, with settings that were chosen on 
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
-import pytest
 import torch
 from conftest import build_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -27,12 +27,11 @@ def home(index: int) -> str:
     return CITIES[index * 3 % len(CITIES)]
 
 
-@pytest.fixture(scope="module")
-def knowing() -> tuple[Any, Any]:
+def knowing(seed: int) -> tuple[Any, Any]:
     """(model, tokenizer): four layers, trained until it knows where everybody lives."""
     tok = build_tokenizer()
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         config = GPT2Config(
             vocab_size=400, n_positions=128, n_embd=64, n_layer=4, n_head=4, bos_token_id=0, eos_token_id=0,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -50,8 +49,8 @@ def knowing() -> tuple[Any, Any]:
     return model.eval(), tok
 
 
-def test_it_learns_what_it_is_told_and_keeps_the_others(knowing: tuple[Any, Any]) -> None:
-    model, tok = knowing
+def test_it_learns_what_it_is_told_and_keeps_the_others() -> None:
+    """In the mean of three models: one of five edits is .2 of a score, and training differs from machine to machine."""
     records = [
         FactRecord(
             FORMS[0].format(name),
@@ -62,14 +61,16 @@ def test_it_learns_what_it_is_told_and_keeps_the_others(knowing: tuple[Any, Any]
         )
         for i, name in enumerate(NAMES[:N_EDITS])
     ]
-    baseline = collect_baseline(model, tok, records)
-    assert baseline.scores.edit_exact == 0.0
-    hparams = WISEHyperParams(inner_params=["transformer.h[2].mlp.c_proj.weight"])
     wanted = [{"prompt": one.prompt, "target_new": one.target, "subject": one.subject} for one in records]
-    edited, restore = apply_wise_to_model(model, tok, wanted, hparams)
-    scores = score_model(edited, tok, records, baseline)
-    restore()
-    assert scores.reliability >= 0.95
-    assert scores.edit_exact >= 0.8
-    assert scores.generalisation >= 0.7
-    assert scores.locality >= 0.7  # of other people's homes: as near as can be
+    hparams = WISEHyperParams(inner_params=["transformer.h[2].mlp.c_proj.weight"])
+    results = []
+    for seed in range(3):
+        model, tok = knowing(seed)
+        baseline = collect_baseline(model, tok, records)
+        assert baseline.scores.edit_exact == 0.0
+        edited, _ = apply_wise_to_model(model, tok, wanted, hparams)
+        results.append(score_model(edited, tok, records, baseline))
+    assert fmean(one.reliability for one in results) >= 0.9
+    assert fmean(one.edit_exact or 0.0 for one in results) >= 0.8
+    assert fmean(one.generalisation or 0.0 for one in results) >= 0.75
+    assert fmean(one.locality or 0.0 for one in results) >= 0.65  # of other people's homes: as near as can be
