@@ -21,7 +21,7 @@ POOLINGS = ("mean", "max", "last")
 # The same prompt scores a little differently in another batch. A threshold keeps this share of distance from
 # the scores that it is set from, else the edit that gives the minimum would exceed it only by luck.
 _ROUNDING = 1e-3
-_SPENDING = 0.3
+_SPENDING = 0.2
 
 
 def routing_activation(activations: Tensor, delta_weight: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def spent_position(position: float, n_earlier: int) -> float:
 
     An unrelated prompt fires if any of the memories lets it, so each further one has to be stricter than the one
     before, as in sequential testing, where every test spends less of what may go wrong in all of them together
-    ("alpha spending"). The distance to the edits' side shrinks with the number of memories to the power of -0.3.
+    ("alpha spending"). The distance to the edits' side shrinks with the number of memories to the power of -0.2.
 
     Args:
         position: of the first memory, in [0, 1], see :func:`calibrated_threshold`.
