@@ -31,7 +31,7 @@ _SCORING_BATCH = 16
 _PREFIXES = "_wise_prefixes"
 _WRITTEN = "_wise_written"
 # Tokens enough for their spread in a layer of some thousand inputs, and few enough to be written within seconds.
-_WRITTEN_TEXTS, _WRITTEN_LENGTH = 64, 48
+_WRITTEN_TEXTS, _WRITTEN_LENGTH = 64, 32
 
 
 class PromptRecorder:
