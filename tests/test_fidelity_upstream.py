@@ -21,7 +21,7 @@ from easyedit_wise.easyedit.upstream import UpstreamWise, load_upstream, why_not
 pytestmark = [pytest.mark.upstream, pytest.mark.skipif(bool(why_not()), reason=str(why_not()))]
 
 ASKED = ["The capital of France is", "Water is made of", "Once upon a time"]
-TOLERANCE = 1e-5
+TOLERANCE = 1e-4  # rounding differs from processor to processor: 1e-6 on one, 2e-5 on another
 # Steps that are small beside the hinges of Eq. 5: with large ones a rounding error grows tenfold every few iterations.
 QUIET: dict[str, Any] = {"edit_lr": 0.02, "n_iter": 8, "act_margin": [0.1, 2.0, 1.0]}
 
