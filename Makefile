@@ -12,7 +12,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: help install demo test test-fast lint bench bench-full format clean
 
 help:
-	@echo "make demo       edit a dozen facts into SmolLM2-135M through EasyEdit (about 2 minutes)"
+	@echo "make demo       edit a dozen facts into SmolLM2-135M through EasyEdit (2 to 4 minutes)"
 	@echo "make test       all tests, the real model's too"
 	@echo "make test-fast  all tests but the slow ones"
 	@echo "make lint       ruff and mypy"
