@@ -9,10 +9,24 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 FIXED_WORDS = ("I", "You", "Because", "Yes", "Q: ")
 FIXED_LENGTHS = (5, 10)
+
+
+def start_token(tok: Any) -> int:
+    """What a text that is sampled from nothing begins with."""
+    return next((i for i in (tok.bos_token_id, tok.eos_token_id) if i is not None), 0)
+
+
+def without_special(logits: Tensor, tok: Any) -> Tensor:
+    """The logits of the next token, shape (B, V), on the CPU in fp32; special tokens have no chance."""
+    logits = logits.float().cpu()
+    special = sorted(set(getattr(tok, "all_special_ids", None) or []))
+    if special and len(special) < logits.shape[-1]:
+        logits[:, special] = -torch.inf
+    return logits
 
 
 @torch.no_grad()
@@ -35,14 +49,11 @@ def generate_prefixes(
     if not n_contexts:
         return []
     device = next(model.parameters()).device
-    start = next((i for i in (tok.bos_token_id, tok.eos_token_id) if i is not None), 0)
-    special = sorted(set(getattr(tok, "all_special_ids", None) or []))
-    ids = torch.full((n_contexts, 1), start, device=device)
+    ids = torch.full((n_contexts, 1), start_token(tok), device=device)
     for _ in range(length):
         # Short sequences: recomputing them is cheaper than depending on a model's cache format.
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1].float().cpu()
-        if special and len(special) < logits.shape[-1]:
-            logits[:, special] = -torch.inf
+        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        logits = without_special(out.logits[:, -1], tok)
         values, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
         picked = torch.multinomial(values.softmax(dim=-1), 1, generator=generator)
         ids = torch.cat([ids, tokens.gather(-1, picked).to(device)], dim=-1)

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .contexts import start_token, without_special
+
 
 @torch.no_grad()
 def written_tokens(model: nn.Module, tok: Any, n_texts: int, length: int, generator: torch.Generator) -> Tensor:
@@ -28,19 +30,15 @@ def written_tokens(model: nn.Module, tok: Any, n_texts: int, length: int, genera
         Token ids, int64, shape (n_texts, length).
     """
     device = next(model.parameters()).device
-    start = next((i for i in (tok.bos_token_id, tok.eos_token_id) if i is not None), 0)
-    special = sorted(set(getattr(tok, "all_special_ids", None) or []))
-    ids = torch.full((n_texts, 1), start, device=device)
+    ids = torch.full((n_texts, 1), start_token(tok), device=device)
     cache: Any = None
     for _ in range(length - 1):
         # What the cache holds need not be computed again; a model without one gets the whole text.
         inputs = ids if cache is None else ids[:, -1:]
         out = model(input_ids=inputs, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
         cache = getattr(out, "past_key_values", None)
-        logits = out.logits[:, -1].float().cpu()
-        if special and len(special) < logits.shape[-1]:
-            logits[:, special] = -torch.inf
-        picked = torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+        chances = without_special(out.logits[:, -1], tok).softmax(dim=-1)
+        picked = torch.multinomial(chances, 1, generator=generator)
         ids = torch.cat([ids, picked.to(device)], dim=-1)
     return ids.cpu()
 
