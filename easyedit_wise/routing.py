@@ -21,6 +21,7 @@ POOLINGS = ("mean", "max", "last")
 # The same prompt scores a little differently in another batch. A threshold keeps this share of distance from
 # the scores that it is set from, else the edit that gives the minimum would exceed it only by luck.
 _ROUNDING = 1e-3
+# How fast further memories grow stricter: between what ZsRE's unrelated prompts and CounterFact's rephrasings want.
 _SPENDING = 0.2
 
 

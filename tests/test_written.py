@@ -86,7 +86,7 @@ def test_texts_stay_with_the_model_and_activations_do_not(llama: Any, tok: Any) 
 
 
 def test_a_shard_is_quieter_on_text_at_large(llama: Any, tok: Any) -> None:
-    """With ten thousand times the weight on it, hardly anything is left of what dW says there."""
+    """With a very large weight on it, hardly anything is left of what dW says there."""
     loud = []
     for weight in (0.0, 1e7):
         hparams = settings(LAYERS["llama"], n_iter=3, consolidation=10.0, mask="columns", optimizer="steepest",
