@@ -21,6 +21,8 @@ POOLINGS = ("mean", "max", "last")
 # The same prompt scores a little differently in another batch. A threshold keeps this share of distance from
 # the scores that it is set from, else the edit that gives the minimum would exceed it only by luck.
 _ROUNDING = 1e-3
+# Of relative scores, what a newer memory needs of the largest. On ZsRE .85 to .7 serve edits and rephrasings alike.
+NEWEST_WITHIN = 0.75
 # How fast further memories grow stricter: between what ZsRE's unrelated prompts and CounterFact's rephrasings want.
 _SPENDING = 0.2
 
@@ -100,12 +102,17 @@ def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = 
     raise ValueError(f"pooling={pooling!r} is not known: choose one of {', '.join(POOLINGS)}.")
 
 
-def choose_memory(scores: Tensor, epsilon: Tensor) -> Tensor:
+def choose_memory(scores: Tensor, epsilon: Tensor, newest_within: float | None = None) -> Tensor:
     """Eq. 6 for several memories: the most active one among those above their own threshold.
 
+    A memory is trained to be quiet on the edits of earlier ones, and they know nothing of its own. So where it
+    disagrees with an earlier one about an edit of the same fact or subject, it is right as a rule, even if it scores
+    less: with ``newest_within`` the last memory is chosen of those that score at least this share of the most active.
+
     Args:
-        scores: shape (B, M).
+        scores: shape (B, M), oldest memory first.
         epsilon: shape (M,), the threshold of each memory.
+        newest_within: a share, in (0, 1]; None: the most active one (the paper's).
 
     Returns:
         Shape (B,), int64: the index of the chosen side memory, or ``MAIN_MEMORY`` (-1).
@@ -114,6 +121,9 @@ def choose_memory(scores: Tensor, epsilon: Tensor) -> Tensor:
         return torch.full(scores.shape[:-1], MAIN_MEMORY, dtype=torch.long, device=scores.device)
     eligible = torch.where(scores > epsilon, scores, torch.full_like(scores, -math.inf))
     best, choice = eligible.max(dim=-1)
+    if newest_within is not None:
+        close = (eligible > -math.inf) & (eligible >= newest_within * best[..., None])
+        choice = torch.where(close, torch.arange(scores.shape[-1], device=scores.device), MAIN_MEMORY).amax(dim=-1)
     return torch.where(best == -math.inf, torch.full_like(choice, MAIN_MEMORY), choice)
 
 

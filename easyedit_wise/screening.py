@@ -136,23 +136,27 @@ def score_bounds(
     return estimate, torch.where(estimate.isfinite(), upper, torch.full_like(upper, math.inf))
 
 
-def next_to_score(upper: Tensor, epsilon: Tensor, scores: Tensor, known: Tensor) -> Tensor:
+def next_to_score(
+    upper: Tensor, epsilon: Tensor, scores: Tensor, known: Tensor, newest_within: float | None = None
+) -> Tensor:
     """Which exact score the choice of Eq. 6 still needs: of the memories that could win, the most promising one.
 
     A memory cannot win if its bound does not exceed its own threshold, or lies below the score of one that is known to
-    exceed its own. Asked again with that score known, until nothing is needed, this leaves the choice that all exact
-    scores would give, ties included.
+    exceed its own, with ``newest_within`` below that share of it. Asked again with that score known, until nothing is
+    needed, this leaves the choice that all exact scores would give, ties included.
 
     Args:
         upper: bounds on the scores, shape (B, M).
         epsilon: shape (M,).
         scores: shape (B, M), exact where ``known``.
         known: bool, shape (B, M).
+        newest_within: as for :func:`~easyedit_wise.routing.choose_memory`; scores are over 0 then.
 
     Returns:
         Shape (B,), int64: index of a memory, or ``MAIN_MEMORY`` (-1) where the choice is made.
     """
     best = torch.where(known & (scores > epsilon), scores, torch.full_like(scores, -math.inf)).amax(-1, keepdim=True)
+    best = best if newest_within is None else best * newest_within
     # Negated, so that a bound that is not a number rules nothing out.
     open_ = ~known & ~(upper <= epsilon) & ~(upper < best)
     promise = torch.where(open_, upper.nan_to_num(nan=math.inf, posinf=math.inf), torch.full_like(upper, -math.inf))

@@ -12,7 +12,10 @@ from editing_helpers import settings, stream_on
 from torch import nn
 
 from easyedit_wise import apply_wise_to_model
-from easyedit_wise.editing.written import spread, written_tokens
+from easyedit_wise.editing.recorded import edit_scores
+from easyedit_wise.editing.scored import ScoredInputs
+from easyedit_wise.editing.written import WrittenText, spread, written_tokens
+from easyedit_wise.routing import calibrated_threshold
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -81,7 +84,7 @@ def test_texts_stay_with_the_model_and_activations_do_not(llama: Any, tok: Any) 
     with torch.no_grad():
         next(llama.parameters()).mul_(2.0)  # the embedding: another method may do so between two streams
     model, _ = apply_wise_to_model(llama, tok, request, hparams)
-    assert not torch.equal(stream_on(model)._recorder.written(), before)
+    assert not torch.equal(stream_on(model)._recorder.written().spread, before.spread)
     assert [value is texts[key] for key, value in llama.__dict__["_wise_written"].items()] == [True]
 
 
@@ -95,7 +98,33 @@ def test_a_shard_is_quieter_on_text_at_large(llama: Any, tok: Any) -> None:
         model, restore = apply_wise_to_model(llama, tok, request, hparams)
         stream = stream_on(model)
         (state,) = stream.layer.memories(stream.adapter_name)
-        moments = stream._recorder.written()
+        moments = stream._recorder.written().spread
         loud.append(float((state.delta_weight @ moments * state.delta_weight).sum() / moments.trace()))
         restore()
     assert loud[1] < 0.01 * loud[0]
+
+
+@pytest.mark.parametrize("weight", [0.0, 500.0])
+def test_epsilon_is_set_from_what_no_shard_was_made_quiet_on(llama: Any, tok: Any, weight: float) -> None:
+    hparams = settings(LAYERS["llama"], n_iter=3, consolidation=10.0, mask="columns", optimizer="steepest",
+                       layer_units=True, relative_scores=True, written=weight, n_contexts=1)  # fmt: skip
+    request = [{"prompt": "The capital of France is", "target_new": "Rome"}]
+    stream = stream_on(apply_wise_to_model(llama, tok, request, hparams)[0])
+    recorder = stream._recorder
+    unseen = [recorder.neutral().halves()[1]] + ([recorder.written().held_out] if weight else [])
+    assert len(recorder.unseen()) == sum(map(len, unseen))
+    (state,) = stream.layer.memories(stream.adapter_name)
+    (recorded,) = next(iter(recorder.edits([stream.held[0].request])))
+    loudest = max(float(some.scores(state.delta_weight, hparams).max()) for some in unseen)
+    (score,) = edit_scores([recorded], state.delta_weight, hparams)
+    edit = min(score.prompt, score.answered)
+    assert state.epsilon == pytest.approx(calibrated_threshold([edit], [loudest], hparams.epsilon_position), rel=1e-4)
+
+
+def test_one_half_is_learned_and_the_other_held_out() -> None:
+    """Texts 0 and 2 have the inputs 1 and 3, texts 1 and 3 have 2 and 4, all of norm 1 but for the sign."""
+    inputs = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    text = WrittenText.of(ScoredInputs(inputs, torch.ones(4, 1, dtype=torch.bool)))
+    assert text.spread.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    assert text.held_out.activations.tolist() == [[0.0, 1.0], [0.0, -1.0]]
+    assert text.held_out.activations.dtype == torch.bfloat16

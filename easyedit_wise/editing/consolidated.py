@@ -22,6 +22,9 @@ from .trainer import EditDivergedError, EditOutcome
 _COLUMNS = 1000
 # A context beside the plain prompt counts as this share of it.
 _CONTEXT_WEIGHT = 0.3
+# A token of a prompt counts as this many of a target. The prompt decides the route, and a long target has many tokens
+# more; one that is said less than it should be is raised until it is heard, in unrelated texts, too.
+_PROMPT_WEIGHT = 3.0
 # A token of an edit that another memory holds counts as this share of a token of its irrelevant prompt.
 _ELSEWHERE_WEIGHT = 0.3
 
@@ -39,16 +42,6 @@ def columns_of(mask: Tensor) -> Tensor:
             "consolidation: 0 until the shard is full, or restore the model first."
         )
     return free.nonzero().squeeze(-1)
-
-
-def trained_on_silence(neutral: ScoredInputs) -> ScoredInputs:
-    """The half of the neutral prompts that a shard is made quiet on."""
-    return neutral.select(torch.arange(0, len(neutral), 2))
-
-
-def held_out(neutral: ScoredInputs) -> ScoredInputs:
-    """The other half: what a shard was not made quiet on says how quiet it is, so epsilon is set from these."""
-    return neutral.select(torch.arange(1, len(neutral), 2))
 
 
 @torch.no_grad()
@@ -82,12 +75,12 @@ def opened(
 
     Args:
         mask: the shard's, bool, shape (d_out, d_in).
-        neutral: all neutral prompts.
+        neutral: all neutral prompts; the shard is made quiet on one half, and the other says how quiet it is.
         written: E[a a^T] of text at large, shape (d_in, d_in), or None.
         elsewhere: see :func:`with_elsewhere`.
         hparams: settings.
     """
-    silent = trained_on_silence(neutral).activations
+    silent = neutral.halves()[0].activations
     columns = columns_of(mask)
     n_tokens = hparams.consolidation * len(columns) / _COLUMNS
     equations = NormalEquations.empty(columns, mask.shape[0]).silent_on(silent, n_tokens / len(silent))
@@ -153,8 +146,9 @@ def with_trained(
         per_edit = rows // task.n_edits
         # The plain prompt stands in every group, and counts once.
         weights = torch.where(row % per_edit == 0, 1.0 / len(task.contexts), _CONTEXT_WEIGHT)
-        equations = equations.saying(group.activations, said, weights)
         in_prompt = group.batch.prompt_mask.flatten()[group.positions]
+        weights = torch.where(in_prompt, _PROMPT_WEIGHT * weights, weights)
+        equations = equations.saying(group.activations, said, weights)
         for index in range(len(recorded)):
             own = row // per_edit == index
             for total, some in ((shares[index], own), (prompts[index], own & in_prompt)):

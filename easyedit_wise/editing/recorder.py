@@ -25,13 +25,13 @@ from .replay_plan import ReplayPlan
 from .requests import EditRequest, TokenBatch, pair_batch, prompt_batch
 from .scored import ScoredInputs
 from .task import RecordedContexts
-from .written import spread, written_tokens
+from .written import WrittenText, written_tokens
 
 _SCORING_BATCH = 16
 _PREFIXES = "_wise_prefixes"
 _WRITTEN = "_wise_written"
 # Tokens enough for their spread in a layer of some thousand inputs, and few enough to be written within seconds.
-_WRITTEN_TEXTS, _WRITTEN_LENGTH = 64, 32
+_WRITTEN_TEXTS, _WRITTEN_LENGTH = 64, 64
 
 
 class PromptRecorder:
@@ -51,7 +51,7 @@ class PromptRecorder:
         self.layer = layer
         # By the settings that they depend on, which may change in the middle of a stream.
         self._neutral: dict[tuple[bool, bool], tuple[ScoredInputs, LayerUnits]] = {}
-        self._written: dict[tuple[Any, ...], Tensor] = {}
+        self._written: dict[tuple[Any, ...], WrittenText] = {}
         self._plan: ReplayPlan | None = None
 
     def share_recordings(self, other: PromptRecorder) -> None:
@@ -100,24 +100,23 @@ class PromptRecorder:
                 )
         return cache[key]
 
-    def written(self) -> Tensor:
-        """E[a a^T] of the layer's inputs over text at large, see :func:`spread`; shape (d_in, d_in).
+    def written(self) -> WrittenText:
+        """Texts that the model wrote, as the layer sees them.
 
         Like the prefixes the texts stay with the model, and what the layer makes of them does not.
         """
         key = (*self._tokenizer_key(), self.hparams.seed)
         if key not in self._written:
             texts: dict[tuple[Any, ...], Tensor] = self.model.__dict__.setdefault(_WRITTEN, {})
-            with self.main_memory_only(), torch.no_grad():
-                if key not in texts:
-                    generator = torch.Generator().manual_seed(self.hparams.seed)
+            if key not in texts:
+                generator = torch.Generator().manual_seed(self.hparams.seed)
+                with self.main_memory_only():
                     texts[key] = written_tokens(self.model, self.tok, _WRITTEN_TEXTS, _WRITTEN_LENGTH, generator)
-                tokens = []
-                for ids in texts[key].to(self._device()).split(_SCORING_BATCH):
-                    real = torch.ones_like(ids)
-                    batch = TokenBatch(ids, real, real.bool(), ~real.bool())
-                    tokens.append(layer_input_of(self.model, self.layer, self._model_inputs(batch)).flatten(0, 1))
-                self._written[key] = spread(torch.cat(tokens))
+            inputs = []
+            for ids in texts[key].to(self._device()).split(_SCORING_BATCH):
+                real = torch.ones_like(ids)
+                inputs.append(self._scored_batch(TokenBatch(ids, real, real.bool(), ~real.bool()), real.bool()))
+            self._written[key] = WrittenText.of(ScoredInputs.stack(inputs))
         return self._written[key]
 
     def _tokenizer_key(self) -> tuple[Any, ...]:
@@ -176,12 +175,15 @@ class PromptRecorder:
         return self._scored_batch(batch, batch.counted_mask)
 
     def neutral(self) -> ScoredInputs:
-        """The packaged neutral prompts.
-
-        They stay as long as the stream does, so they are kept in 16 bits: a score is the norm of a sum over
-        thousands of components, and moves by less than its last digits between two batches.
-        """
+        """The packaged neutral prompts."""
         return self._neutral_and_units()[0]
+
+    def unseen(self) -> ScoredInputs:
+        """Irrelevant prompts and texts that no shard was trained to be quiet on: epsilon is set from these."""
+        if not self.hparams.consolidation:
+            return self.neutral()
+        unseen = self.neutral().halves()[1]
+        return ScoredInputs.stack([unseen, self.written().held_out]) if self.hparams.written else unseen
 
     def units(self) -> LayerUnits:
         """The scale of the layer's input and output on the neutral prompts."""
@@ -193,8 +195,7 @@ class PromptRecorder:
             exact = self.scored([self.rendered(prompt) for prompt in neutral_prompts()])
             with self.main_memory_only(), torch.no_grad():
                 units = LayerUnits.of(exact.activations, self.layer.base_layer(exact.activations))
-            kept = exact if exact.activations.element_size() <= 2 else exact.to(torch.bfloat16)
-            self._neutral[key] = (kept, units)
+            self._neutral[key] = (exact.in_16_bits(), units)
         return self._neutral[key]
 
     def scored(self, texts: Sequence[str]) -> ScoredInputs:

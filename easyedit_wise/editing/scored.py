@@ -54,6 +54,11 @@ class ScoredInputs:
         base = None if self.base_output is None else self.base_output[tokens]
         return ScoredInputs(self.activations[tokens], self.token_mask[rows.to(self.token_mask.device)], base)
 
+    def halves(self) -> tuple[ScoredInputs, ScoredInputs]:
+        """Every second prompt: those that a shard is made quiet on, and those that epsilon is set from."""
+        first, second = (self.select(torch.arange(start, len(self), 2)) for start in (0, 1))
+        return first, second
+
     @staticmethod
     def stack(inputs: Sequence[ScoredInputs]) -> ScoredInputs:
         """All prompts as one batch, so that they are scored in one product.
@@ -78,6 +83,11 @@ class ScoredInputs:
         """The same prompts in another dtype."""
         base = None if self.base_output is None else self.base_output.to(dtype)
         return ScoredInputs(self.activations.to(dtype), self.token_mask, base)
+
+    def in_16_bits(self) -> ScoredInputs:
+        """For what stays as long as a stream does: a score is the norm of a sum over thousands of components, and moves
+        by less than its last digits between two batches."""
+        return self if self.activations.element_size() <= 2 else self.to(torch.bfloat16)
 
     @staticmethod
     def _common(values: Sequence[Tensor]) -> Tensor:

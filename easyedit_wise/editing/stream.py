@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..hparams import WISEHyperParams
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MemoryState
-from .consolidated import held_out, train_into, with_elsewhere
+from .consolidated import train_into, with_elsewhere
 from .open_shard import OpenShard, threshold
 from .recorded import EditScores, RecordedEdit, edit_scores
 from .recorder import PromptRecorder, plain_edits
@@ -312,11 +312,9 @@ class EditStream:
     # -- thresholds ---------------------------------------------------------------------------
 
     def _threshold(self, scores: Sequence[EditScores], delta_weight: Tensor, place: int) -> float:
-        neutral = self._recorder.neutral()
-        if self.hparams.consolidation:
-            neutral = held_out(neutral)
+        unseen = self._recorder.unseen()
         # The shards of WISE-Merge become one memory before long.
-        return threshold(scores, neutral, delta_weight, self.hparams, place if self.hparams.retrieve else 0)
+        return threshold(scores, unseen, delta_weight, self.hparams, place if self.hparams.retrieve else 0)
 
     def _calibrated(self, state: MemoryState, place: int) -> MemoryState:
         """A closed memory with epsilon from all its edits, scored anew from their texts, some at a time."""

@@ -107,7 +107,7 @@ class TaskMaker:
         """
         if live.mask is None:
             raise ValueError("the open shard has no mask: restore the model, or go on with consolidation: 0.")
-        written = self._recorder.written() if self.hparams.written else None
+        written = self._recorder.written().spread if self.hparams.written else None
         equations = opened(live.mask, self._recorder.neutral(), written, elsewhere, self.hparams)
         for some in self._recorder.edits(held):
             equations = rebuilt(equations, some, live.delta_weight)

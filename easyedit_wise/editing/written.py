@@ -7,12 +7,34 @@ model's own samples are its idea of text; their second moments E[a a^T] are what
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .contexts import start_token, without_special
+from .scored import ScoredInputs
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """What the layer makes of texts that the model wrote.
+
+    Attributes:
+        spread: of one half of them, see :func:`spread`: what shards are made quiet on.
+        held_out: the other half: how loud text at large is in a shard that was not made quiet on it. It is longer than
+            a prompt, and the loudest of many tokens is louder.
+    """
+
+    spread: Tensor
+    held_out: ScoredInputs
+
+    @classmethod
+    def of(cls, texts: ScoredInputs) -> WrittenText:
+        """One half of some texts for each."""
+        learned, held_out = texts.halves()
+        return cls(spread(learned.activations), held_out.in_16_bits())
 
 
 @torch.no_grad()

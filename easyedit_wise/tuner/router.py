@@ -9,7 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..routing import MAIN_MEMORY, choose_memory, pool, relative_activation, upstream_activation
+from ..routing import (
+    MAIN_MEMORY,
+    NEWEST_WITHIN,
+    choose_memory,
+    pool,
+    relative_activation,
+    upstream_activation,
+)
 from ..screening import SKETCH_ROWS, next_to_score, score_bounds
 from .config import WiseConfig
 from .memory import SideMemory
@@ -89,6 +96,7 @@ def decide(
             prefill.measure(index)
     else:
         prefill.screen(stacked)
+    prefill.settle()
     return prefill.route(), prefill.result
 
 
@@ -121,10 +129,13 @@ class _Prefill:
         # Scores in units of each memory's own epsilon, where they are not to be compared as they are.
         relative = any(candidate.config.relative_scores for candidate in candidates)
         self.unit = self.epsilon.clamp(min=_TINY) if relative else torch.ones_like(self.epsilon)
+        self.newest_within = NEWEST_WITHIN if relative else None
         shape = (x.shape[0], len(candidates))
         self.scores = torch.zeros(shape, device=x.device)
         self.known = torch.zeros(shape, dtype=torch.bool, device=x.device)
         self.choice = torch.full(shape[:1], MAIN_MEMORY, device=x.device)
+        # Whose product stands in the result: a better score can bring back one that another had replaced.
+        self.applied = self.choice.clone()
         # Rows that an earlier chunk of the prompt decided stay as they are.
         self.earlier = earlier if earlier is not None and earlier.decided is not None else None
         self.fixed: Tensor | None = None
@@ -146,14 +157,28 @@ class _Prefill:
         self.scores[which, index] = score
         self.known[which, index] = True
         known_scores = torch.where(self.known, self.scores, torch.full_like(self.scores, -math.inf))
-        self.choice = choose_memory(known_scores / self.unit, self.epsilon / self.unit)
+        self.choice = choose_memory(known_scores / self.unit, self.epsilon / self.unit, self.newest_within)
         leads = (self.choice[which] == index).nonzero().squeeze(-1)
         if len(leads) == len(self.x):
             self.result = self.base_output + product.to(self.base_output.dtype)
+            self.applied = self.choice
         elif len(leads):
-            if self.result is self.base_output:
-                self.result = self.base_output.clone()
-            self.result[leads if rows is None else rows[leads]] = base[leads] + product[leads].to(base.dtype)
+            self._apply(index, leads if rows is None else rows[leads], product[leads])
+
+    def _apply(self, index: int, rows: Tensor, product: Tensor) -> None:
+        if self.result is self.base_output:
+            self.result = self.base_output.clone()
+        self.result[rows] = self.base_output[rows] + product.to(self.base_output.dtype)
+        self.applied = self.applied.index_fill(0, rows, index)
+
+    def settle(self) -> None:
+        """Put the product of every row's choice into the result where another one's stands there."""
+        if self.newest_within is None or len(self.candidates) < 3:
+            return
+        differs = self.choice != self.applied
+        for index in set(self.choice[differs].tolist()):
+            rows = (differs & (self.choice == index)).nonzero().squeeze(-1)
+            self._apply(index, rows, self.product(self.x[rows], self.candidates[index].memory.delta_weight))
 
     def screen(self, sketches: Tensor) -> None:
         """Measure only what the choice needs."""
@@ -168,7 +193,9 @@ class _Prefill:
             self._measure_leading(torch.where(self.fixed, self.earlier.choice, MAIN_MEMORY))
         self.scores = torch.where(self.known, self.scores, estimates)
         limit, upper = self.epsilon / self.unit, upper / self.unit
-        while self._measure_leading(next_to_score(upper, limit, self.scores / self.unit, self.known)):
+        while self._measure_leading(
+            next_to_score(upper, limit, self.scores / self.unit, self.known, self.newest_within)
+        ):
             pass
 
     def _measure_leading(self, leading: Tensor) -> bool:
