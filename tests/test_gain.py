@@ -131,15 +131,18 @@ def test_of_many_edits_the_earliest_keep_their_gain(llama: Any, tok: Any, monkey
     monkeypatch.setattr(consolidated, "WATCHED", 2)
     many = ON | {"gain": 1.5, "save_freq": 4, "merge_freq": 4}
     model, _ = apply_wise_to_model(llama, tok, about(3), settings(**many))
-    shard, (state,) = stream_on(model)._open_shard, only_layer(model).memories("default")
+    stream = stream_on(model)
+    shard, (state,) = stream._open_shard, only_layer(model).memories("default")
     assert shard is not None
     assert shard.equations is not None
     assert len(shard.spoken) == 2
-    equations = shard.equations
     written = torch.zeros_like(state.delta_weight)
-    write_amplified(equations, shard.spoken, written, settings(**many))
-    # What the settled edit says is part of the problem, with its gain.
-    assert (written - state.delta_weight).norm() < 0.1 * state.delta_weight.norm()
+    write_amplified(shard.equations, shard.spoken, written, settings(**many))
+    # What the settled edit says is part of the problem, with its gain: without, it would say two thirds of it.
+    settled = next(iter(stream._recorder.edits([stream.held[0].request])))
+    (now,) = edit_scores(settled, state.delta_weight, settings(**many))
+    (again,) = edit_scores(settled, written, settings(**many))
+    assert again.prompt == pytest.approx(now.prompt, rel=0.1)
 
 
 def test_the_next_shard_is_quiet_on_earlier_edits_and_their_irrelevant_prompts(llama: Any, tok: Any) -> None:

@@ -151,6 +151,15 @@ def test_choose_memory_by_hand() -> None:
     assert choose_memory(scores, tensor([5.0, 1.5])).tolist() == [1, 0, MAIN_MEMORY, 1, MAIN_MEMORY]
 
 
+def test_the_newest_of_those_near_the_most_active_by_hand() -> None:
+    """At .75 of 4.0 a newer memory needs 3.0, and its own threshold as well; an older one does not win."""
+    scores = tensor([[4.0, 3.0, 1.0], [4.0, 2.9, 1.0], [3.0, 4.0, 2.9], [4.0, 3.5, 3.2], [0.4, 0.5, 0.1]])
+    epsilon = tensor([0.5, 0.5, 3.3])
+    assert choose_memory(scores, epsilon, 0.75).tolist() == [1, 0, 1, 1, MAIN_MEMORY]
+    assert choose_memory(scores, epsilon, 1.0).tolist() == choose_memory(scores, epsilon).tolist()
+    assert choose_memory(torch.zeros(2, 0), torch.zeros(0), 0.75).tolist() == [MAIN_MEMORY] * 2
+
+
 def test_choose_memory_without_memories_stays_in_the_main_memory() -> None:
     choice = choose_memory(torch.zeros(3, 0), torch.zeros(0))
     assert choice.tolist() == [-1, -1, -1]

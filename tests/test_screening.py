@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 
 from easyedit_wise import screening
-from easyedit_wise.routing import POOLINGS, pool, routing_activation
+from easyedit_wise.routing import POOLINGS, pool, relative_activation, routing_activation
 from easyedit_wise.screening import (
     FAILURE,
     SKETCH_ROWS,
@@ -169,6 +169,13 @@ def test_a_rival_that_may_draw_level_is_needed() -> None:
     assert next_to_score(tensor([[3.9, 9.0]]), tensor([1.0, 1.0]), tensor([[0.0, 4.0]]), known).tolist() == [-1]
 
 
+def test_one_that_may_come_near_enough_to_be_preferred_is_needed() -> None:
+    known, scores = tensor([[False, True]]), tensor([[0.0, 4.0]])
+    for upper, needed in ((3.0, 0), (2.9, -1)):
+        bounds = tensor([[upper, 9.0]])
+        assert next_to_score(bounds, tensor([1.0, 1.0]), scores, known, newest_within=0.75).tolist() == [needed]
+
+
 def test_a_known_score_below_its_threshold_rules_out_nobody() -> None:
     known = tensor([[False, True]])
     assert next_to_score(tensor([[2.0, 9.0]]), tensor([1.0, 5.0]), tensor([[0.0, 4.0]]), known).tolist() == [0]
@@ -206,13 +213,15 @@ def candidates_of(deltas: list[Tensor], epsilons: list[float], pooling: str = "m
     pooling=st.sampled_from(POOLINGS),
     padded=st.booleans(),
     n_tokens=st.sampled_from([1, 3, 40]),
+    relative=st.booleans(),
 )
-@example(seed=0, kinds=["dense", "copy", "copy", "copy"], near=[0.9] * 9, pooling="mean", padded=False, n_tokens=3)
-@example(seed=1, kinds=["close"] * 9, near=[0.98] * 9, pooling="mean", padded=True, n_tokens=3)
-@example(seed=2, kinds=["zero"] * 5, near=[0.0] * 9, pooling="max", padded=True, n_tokens=3)
-@settings(max_examples=150, deadline=None)
+@example(0, ["dense", "copy", "copy", "copy"], [0.9] * 9, "mean", False, 3, False)
+@example(1, ["close"] * 9, [0.98] * 9, "mean", True, 3, False)
+@example(2, ["zero"] * 5, [0.0] * 9, "max", True, 3, False)
+@example(3, ["dense"] * 9, [0.3, 0.7] * 5, "max", False, 3, True)
+@settings(max_examples=200, deadline=None)
 def test_the_screened_decision_is_the_exact_one(
-    seed: int, kinds: list[str], near: list[float], pooling: str, padded: bool, n_tokens: int
+    seed: int, kinds: list[str], near: list[float], pooling: str, padded: bool, n_tokens: int, relative: bool
 ) -> None:
     generator = seeded(seed)
     deltas: list[Tensor] = []
@@ -222,13 +231,14 @@ def test_the_screened_decision_is_the_exact_one(
     x = x + 3 * torch.randn(5, 1, D_IN, generator=generator)  # tokens of one row have much in common
     base = torch.randn(5, n_tokens, D_OUT, generator=generator)
     mask = torch.rand(5, n_tokens, generator=generator) < 0.6 if padded else None
-    scores = torch.stack([pool(routing_activation(x, dw), mask, pooling) for dw in deltas], dim=-1)
+    of_tokens = [relative_activation(F.linear(x, dw), x) if relative else routing_activation(x, dw) for dw in deltas]
+    scores = torch.stack([pool(tokens, mask, pooling) for tokens in of_tokens], dim=-1)
     # Each threshold lies near the score of one of the rows; absolute where it is not a multiple.
     epsilons = [
         float(scores[index % 5, index]) * factor if 0 < factor < INF else factor
         for index, factor in enumerate(near[: len(kinds)])
     ]
-    candidates = candidates_of(deltas, epsilons, pooling)
+    candidates = candidates_of(deltas, epsilons, pooling, relative_scores=relative)
     exact, expected = decide(x, base, candidates, F.linear, mask)
     screened, result = decide(x, base, candidates, F.linear, mask, sketches=SketchCache())
     for row in range(5):
