@@ -26,7 +26,7 @@ from easyedit_wise.screening import (
 )
 from easyedit_wise.tuner.config import WiseConfig
 from easyedit_wise.tuner.memory import MERGED, MemoryState, SideMemory
-from easyedit_wise.tuner.router import Candidate, decide
+from easyedit_wise.tuner.router import Candidate, _Prefill, decide
 from easyedit_wise.tuner.sketches import SketchCache
 
 INF = math.inf
@@ -354,3 +354,17 @@ def test_gradients_pass_through_a_screened_decision() -> None:
         decide(inputs, base, candidates, F.linear, sketches=sketches)[1].square().sum().backward()
         gradients.append(inputs.grad)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-2)
+
+
+def test_a_choice_that_another_had_replaced_gets_its_product_back() -> None:
+    """Relative scores 10.2, 10 and 7.6, asked for in another order: 2, newer and within .75, is ruled out by 0."""
+    x, base = torch.ones(1, 1, 1), torch.zeros(1, 1, 1)
+    deltas = [tensor([[value]]) for value in (10.2, 10.0, 7.6)]
+    prefill = _Prefill(x, base, candidates_of(deltas, [1.0] * 3, relative_scores=True), F.linear, None, None)
+    chosen = []
+    for index in (1, 2, 0):
+        prefill.measure(index)
+        chosen.append(int(prefill.choice))
+    assert chosen == [1, 2, 1]
+    prefill.settle()
+    assert float(prefill.result) == 10.0
