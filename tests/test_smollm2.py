@@ -103,3 +103,14 @@ def test_saved_edits_answer_the_same_in_a_fresh_model(edited, tok, tmp_path):
     load_edits(fresh, folder)
     prompts = [record.prompt for record in records]
     assert greedy_answers(fresh, tok, prompts, 10) == greedy_answers(model, tok, prompts, 10)
+
+
+def test_a_fact_that_is_edited_again_has_its_last_answer(tok):
+    """Each edit has a memory of its own, and both score high on the prompt."""
+    hparams = WISEHyperParams.from_hparams("smollm2-135m")
+    hparams.save_freq = hparams.merge_freq = 1
+    hparams.written = 0.0
+    model, fact = fresh_model(), {"prompt": "The capital of Peru is", "subject": "Peru"}
+    for target in ("Toronto", "Oslo"):
+        apply_wise_to_model(model, tok, [{**fact, "target_new": target}], hparams)
+        assert greedy_answers(model, tok, [fact["prompt"]], 4)[0].strip().startswith(target)
