@@ -36,6 +36,10 @@ class ConsolidationSettings:
     written: float = 2000.0
     """What text at large, written by the model itself, counts as in ``consolidation``, in tokens per 1000 columns like
     that; 0: none is written."""
+    capacity: float = 0.5
+    """A shard of ``consolidation`` is also full when the tokens of its edits, prompts and targets, are this many for
+    each of its columns: what so many are told apart by is hardly quiet on other text any more. It takes the edit that
+    fills it; 0: only ``save_freq`` and ``merge_freq`` count."""
     varied_contexts: bool = True
     """True: the contexts are the prompt behind a prefix, the prompt with words left out, and its subject alone behind
     a prefix, in turn. Without a known subject the third is the second behind a prefix."""
@@ -58,6 +62,8 @@ class ConsolidationSettings:
             raise ValueError(f"gain is {self.gain!r}: it must be a finite number over 0, such as 1.5.")
         if not is_number(self.written) or not math.isfinite(self.written) or self.written < 0:
             raise ValueError(f"written is {self.written!r}: it must be a finite number of at least 0.")
+        if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:
+            raise ValueError(f"capacity is {self.capacity!r}: it must be a finite number of at least 0, such as 0.5.")
         check_choice("mask", self.mask, MASKS)
         for name in ("other_subjects", "scrambled"):
             check_count(name, getattr(self, name))
@@ -68,7 +74,7 @@ class ConsolidationSettings:
                 f"consolidation is {value} with mask: {self.mask}, but only a shard of whole columns is one "
                 "least-squares problem: set mask: columns, or consolidation: 0."
             )
-        for name in ("relative_scores", "other_subjects", "scrambled", "written"):
+        for name in ("relative_scores", "other_subjects", "scrambled", "written", "capacity"):
             if getattr(self, name) and value == 0:
                 raise ValueError(
                     f"{name} is {getattr(self, name)} without consolidation: set consolidation: 200, too, or take "

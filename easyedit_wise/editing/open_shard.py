@@ -36,7 +36,7 @@ class OpenShard:
         watched: the edits nearest to being lost, at most ``WATCHED``.
         others: the last known scores of the rest.
         sketch: rows that stand for A(x) of all tokens of all edits; None without rehearsal.
-        n_tokens: how many tokens these are.
+        n_tokens: of all edits, prompts and targets.
         equations: the shard's least-squares problem; None without consolidation.
         spoken: what the latest edits of the problem say; the gain of the others is settled.
     """
@@ -61,13 +61,13 @@ class OpenShard:
         scores = edit_scores(watched, delta_weight, hparams)
         by_risk = sorted(range(len(watched)), key=lambda index: scores[index].margin)
         kept = sorted(by_risk[:WATCHED])
-        sketch, n_tokens = self.sketch, self.n_tokens
+        sketch = self.sketch
+        n_tokens = self.n_tokens + sum(len(edit.answered.activations) for edit in edits)
         if hparams.rehearsal > 0:
             for edit in edits:
                 rows = edit.answered.activations
                 # d_in rows hold everything; more would be a waste.
                 sketch = frequent_directions(sketch, rows, min(SKETCH_ROWS, rows.shape[1]))
-                n_tokens += rows.shape[0]
         shard = OpenShard(
             tuple(watched[index] for index in kept),
             (*self.others, *(scores[index] for index in by_risk[WATCHED:])),

@@ -70,6 +70,21 @@ def room(states: Sequence[MemoryState], hparams: WISEHyperParams) -> int:
     return max(1, shard_size(hparams) - held)
 
 
+def is_full(live: MemoryState, n_tokens: int, hparams: WISEHyperParams) -> bool:
+    """Whether the live shard takes no more edits.
+
+    Args:
+        live: the shard.
+        n_tokens: of its edits, prompts and targets.
+        hparams: settings.
+    """
+    if live.n_edits >= shard_size(hparams):
+        return True
+    if not hparams.capacity or live.mask is None:
+        return False
+    return n_tokens >= hparams.capacity * int(live.mask.any(dim=0).sum())
+
+
 def with_epsilon_as_trained(
     states: Sequence[MemoryState], scores: Sequence[float], n_before: int, hparams: WISEHyperParams
 ) -> list[MemoryState]:

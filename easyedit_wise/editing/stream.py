@@ -24,10 +24,10 @@ from .recorder import PromptRecorder, plain_edits
 from .requests import EditRequest, encode_pair
 from .shards import (
     close_shard,
+    is_full,
     put_back,
     room,
     set_aside,
-    shard_size,
     with_epsilon_as_trained,
     with_live_shard,
 )
@@ -231,7 +231,7 @@ class EditStream:
         else:
             states[-1] = states[-1].with_(epsilon=self._threshold(scores, learned, place))
         self._open_shard = shard
-        self.layer.install(self.adapter_name, self._closed_if_full(states))
+        self.layer.install(self.adapter_name, self._closed_if_full(states, shard.n_tokens))
         return made
 
     def _train(
@@ -299,8 +299,8 @@ class EditStream:
     def _requests_outside(self, place: int) -> list[EditRequest]:
         return [held.request for held in self.held if held.memory != place]
 
-    def _closed_if_full(self, states: list[MemoryState]) -> list[MemoryState]:
-        if states[-1].n_edits < shard_size(self.hparams):
+    def _closed_if_full(self, states: list[MemoryState], n_tokens: int) -> list[MemoryState]:
+        if not is_full(states[-1], n_tokens, self.hparams):
             return states
         closed = close_shard(states, self.hparams, self._generator)
         self._open_shard = None
