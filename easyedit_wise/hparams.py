@@ -93,7 +93,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     act_ratio: float | None = None
     """None: epsilon is calibrated from the edits' and irrelevant prompts' own scores. A number: epsilon =
     act_ratio * min over the edits (1.0 is the paper's rule, EasyEdit's files tune it per model)."""
-    epsilon_position: float = 0.65
+    epsilon_position: float = 0.4
     """Where in the gap between irrelevant prompts (0) and edits (1) a calibrated epsilon lies, of the first memory; of
     each further one nearer to the edits (``routing.spent_position``)."""
     pooling: str = "max"

@@ -227,9 +227,9 @@ def test_calibrated_threshold_of_separated_scores(position: float, expected: flo
 
 
 def test_each_further_memory_is_stricter() -> None:
-    # 1 - 0.5 / 32 ** 0.2 = 1 - 0.5 / 2
+    # 1 - 0.5 / 32 ** 0.4 = 1 - 0.5 / 4
     assert spent_position(0.5, 0) == 0.5
-    assert spent_position(0.5, 31) == pytest.approx(0.75)
+    assert spent_position(0.5, 31) == pytest.approx(0.875)
     positions = [spent_position(0.2, n) for n in range(1000)]
     assert positions == sorted(positions)
     assert positions[-1] < 1.0
