@@ -23,7 +23,7 @@ POOLINGS = ("mean", "max", "last")
 _ROUNDING = 1e-3
 # Of relative scores, what a newer memory needs of the largest. On ZsRE .85 to .7 serve edits and rephrasings alike.
 NEWEST_WITHIN = 0.75
-# How fast further memories grow stricter: the first ones, all that a short stream has, can be lax (docs/experiments.md).
+# How fast further memories grow stricter: a short stream can do with lax ones (docs/experiments.md).
 _SPENDING = 0.4
 
 
