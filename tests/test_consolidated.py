@@ -10,7 +10,9 @@ from conftest import LAYERS
 from editing_helpers import only_layer, requests, settings, stream_on
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model, stream_of
+from easyedit_wise.editing import task_maker
 from easyedit_wise.editing.open_shard import OpenShard
+from easyedit_wise.editing.recorded import edit_scores
 from easyedit_wise.editing.requests import EditRequest
 from easyedit_wise.editing.trainer import EditDivergedError
 from easyedit_wise.persistence import load_edits, save_edits
@@ -150,3 +152,28 @@ def test_a_shard_begun_with_random_entries_is_refused(llama: Any, tok: Any) -> N
     with pytest.raises(ValueError, match="whole columns"):
         apply_wise_to_model(llama, tok, about(2)[1:], settings(**ON | {"relative_scores": False}))
     assert torch.equal(only_layer(llama).memories("default")[0].delta_weight, before)
+
+
+def test_a_shard_is_quiet_on_other_memories_edits_about_the_same_subject(
+    llama: Any, tok: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that both prompts have is the earlier edit's: the new one's memory says less to it."""
+    asked = [
+        {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"},
+        {"prompt": "The capital of France is a town called", "target_new": "Oslo", "subject": "France"},
+    ]
+    hparams = settings(**ON | {"save_freq": 1, "merge_freq": 1})
+    shares = []
+    for known in (True, False):
+        if not known:
+            monkeypatch.setattr(task_maker, "related", lambda *_: [])
+        model, restore = apply_wise_to_model(llama, tok, asked, hparams)
+        stream = stream_on(model)
+        second = only_layer(model).memories("default")[1].delta_weight
+        first, own = (
+            edit_scores(next(iter(stream._recorder.edits([held.request]))), second, hparams)[0].prompt
+            for held in stream.held
+        )
+        shares.append(first / own)
+        restore()
+    assert shares[0] < 0.8 * shares[1]

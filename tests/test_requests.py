@@ -19,6 +19,7 @@ from easyedit_wise.editing.requests import (
     left_padded,
     pair_batch,
     prompt_batch,
+    related,
     subject_tokens,
 )
 
@@ -328,3 +329,19 @@ def test_the_tokenizers_own_padding_side_counts_for_nothing_and_stays(tok: Any, 
     assert torch.equal(mine.attention_mask, reference.attention_mask)
     assert torch.equal(prompt_batch(other, prompts, CPU).input_ids, prompt_batch(tok, prompts, CPU).input_ids)
     assert other.padding_side == side
+
+
+def test_related_edits_share_a_subject_or_what_the_prompt_goes_on_from() -> None:
+    paris = EditRequest("Paris lies on", "the Po", "Paris")
+    others = [
+        EditRequest("The mayor of PARIS is", "Ann", "PARIS"),  # the same subject
+        EditRequest("Rome lies on", "the Elbe", "Rome"),
+        EditRequest("Paris lies", "low"),  # what the prompt goes on from
+        EditRequest("Paris lies on", "the Rhine", "Paris"),  # the same fact again
+        EditRequest("Paris lies on the Po. It is", "old", "Paris"),  # goes on from this one
+        EditRequest("The twin of Paris is", "Bonn", "Paris"),
+    ]
+    assert related(paris, others, 9) == [others[0], others[2], others[5]]
+    assert related(paris, others, 2) == [others[2], others[5]]
+    assert related(EditRequest("Paris lies on", "the Po"), others, 9) == [others[2]]
+    assert related(paris, [], 9) == []

@@ -108,7 +108,8 @@ def with_irrelevant(
 
     Args:
         equations: the shard's so far.
-        task: the edits, with their prompts about other subjects and their tokens out of order.
+        task: the edits, with their prompts about other subjects, their tokens out of order, and other memories' edits
+            about the same, whose tokens count as much as their own: a token of both is the other's.
         own: the irrelevant prompt of each edit that has one.
         hparams: settings.
     """
@@ -120,6 +121,8 @@ def with_irrelevant(
         equations = equations.silent_on(task.about_others.activations, 1.0 / hparams.other_subjects)
     if task.scrambled is not None:
         equations = equations.silent_on(task.scrambled.activations, 1.0 / hparams.scrambled)
+    if task.related is not None:
+        equations = equations.silent_on(task.related.activations, _PROMPT_WEIGHT)
     return equations
 
 

@@ -64,6 +64,29 @@ class EditRequest:
         )
 
 
+def related(request: EditRequest, others: Sequence[EditRequest], count: int) -> list[EditRequest]:
+    """Edits about the same subject, and those whose prompt this one goes on from: what it shall not answer.
+
+    One whose prompt is this one's, or goes on from it, is left out: both hold all of this one's tokens.
+
+    Args:
+        request: an edit.
+        others: edits of other memories.
+        count: the latest of them, at most so many.
+    """
+    subject = None if request.subject is None else request.subject.casefold()
+    found = [
+        other
+        for other in others
+        if (
+            request.prompt.startswith(other.prompt)
+            or (subject is not None and other.subject is not None and other.subject.casefold() == subject)
+        )
+        and not other.prompt.startswith(request.prompt)
+    ]
+    return found[-count:]
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """B sequences, padded on the left so that the targets end together.

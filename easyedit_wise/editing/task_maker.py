@@ -15,7 +15,7 @@ from .consolidated import opened, rebuilt, with_elsewhere
 from .contexts import context_groups, in_groups
 from .open_shard import OpenShard
 from .recorder import PromptRecorder
-from .requests import EditRequest, encode_pair
+from .requests import EditRequest, encode_pair, related
 from .scored import ScoredInputs
 from .task import EditTask
 from .variations import about_others, scrambled, varied_contexts
@@ -24,6 +24,8 @@ from .whole_matrix import base_weight
 _PAST_EDITS_REPLAYED = 8
 # The share of `context_tokens` that one iteration may have.
 _STEP_SHARE = 4
+# Edits of other memories about the same subject that one is quiet on by name.
+_RELATED = 16
 # Edits whose activations are recorded anew to be quiet on them: after loading only.
 _REMEMBERED_FROM_TEXTS = 1024
 
@@ -74,6 +76,7 @@ class TaskMaker:
             shard.rehearsed,
             irrelevant_of,
             about_others=others,
+            related=self._related(requests, elsewhere) if self.hparams.consolidation else None,
             scrambled=self._scrambled(requests),
             base_weight=whole,
         )
@@ -142,6 +145,12 @@ class TaskMaker:
                 count, named = self.hparams.other_subjects, other_subjects()
                 texts += about_others(request.prompt, request.subject, named, count, self._generator)
         return self._recorder.scored([self._recorder.rendered(text) for text in texts]) if texts else None
+
+    def _related(self, requests: Sequence[EditRequest], elsewhere: Sequence[EditRequest]) -> ScoredInputs | None:
+        """Edits of other memories, with their targets, that share tokens with one of these."""
+        found = list(dict.fromkeys(one for request in requests for one in related(request, elsewhere, _RELATED)))
+        recorded = [edit.answered for some in self._recorder.edits(found) for edit in some]
+        return ScoredInputs.stack(recorded) if recorded else None
 
     def _scrambled(self, requests: Sequence[EditRequest]) -> ScoredInputs | None:
         """The tokens of each request's prompt, out of order among those of neutral prompts."""
