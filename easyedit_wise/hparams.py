@@ -39,6 +39,7 @@ _SWITCHES = (
     "subject_routing",
     "use_chat_template",
     "layer_units",
+    "ending",
     "model_parallel",
     "fp16",
 )
@@ -83,6 +84,9 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     objective_optimization: str = "only_label"
     first_token_weight: float = 2.0
     """Weight of the first target token in L_edit; it decides whether generation starts to say the fact."""
+    ending: bool = True
+    """True: L_edit has one token more than the target, the one with which the model itself would end its last word, so
+    that generation does not run on ("1751" as "17511111"). The paper and EasyEdit have none."""
     early_stop_loss: float = 0.005
     early_stop_change: float = 0.02
 

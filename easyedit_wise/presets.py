@@ -32,6 +32,7 @@ _PAPER: dict[str, Any] = {
     "norm_constraint": 1.0,
     "objective_optimization": "only_label",
     "first_token_weight": 1.0,
+    "ending": False,
     "early_stop_loss": 0.02,
     "early_stop_change": 1e-4,
     "early_stop_patience": 0,

@@ -17,12 +17,13 @@ from ..data import neutral_prompts
 from ..hparams import WISEHyperParams
 from ..tuner.layer import WiseLayer
 from .contexts import as_chat, fixed_prefixes, generate_prefixes
+from .endings import endings
 from .frozen_prefix import FrozenPrefix, layer_input_of
 from .layer_units import LayerUnits
 from .padded_batch import padded_contexts, padded_irrelevant
 from .recorded import RecordedEdit
 from .replay_plan import ReplayPlan
-from .requests import EditRequest, TokenBatch, pair_batch, prompt_batch
+from .requests import EditRequest, TokenBatch, encode_pair, left_padded, pair_batch, prompt_batch
 from .scored import ScoredInputs
 from .task import RecordedContexts
 from .written import WrittenText, written_tokens
@@ -122,8 +123,26 @@ class PromptRecorder:
     def _tokenizer_key(self) -> tuple[Any, ...]:
         return type(self.tok).__name__, getattr(self.tok, "name_or_path", None), getattr(self.tok, "vocab_size", None)
 
-    def contexts(self, prompts: Sequence[Sequence[str]], requests: Sequence[EditRequest]) -> RecordedContexts:
+    def endings(self, requests: Sequence[EditRequest]) -> list[int | None]:
+        """The token behind each target, as the main memory would go on, see :mod:`.endings`."""
+        pairs = [encode_pair(self.tok, self.rendered(request.prompt), request.target) for request in requests]
+        ids, mask = left_padded(self.tok, [tokens for tokens, _ in pairs], self._device())
+        batch = TokenBatch(ids, mask, mask.bool(), torch.zeros_like(mask.bool()))
+        with self.main_memory_only():
+            return endings(self.model, self.tok, self._model_inputs(batch), pairs)
+
+    def contexts(
+        self,
+        prompts: Sequence[Sequence[str]],
+        requests: Sequence[EditRequest],
+        endings: Sequence[int | None] | None = None,
+    ) -> RecordedContexts:
         """Some contexts of each edit, as many of every one, each followed by its target.
+
+        Args:
+            prompts: of each edit.
+            requests: the edits.
+            endings: one token more behind the target of each, where it has one.
 
         Raises:
             ValueError: a target tokenises to nothing, or the layer does not run once in a forward.
@@ -134,7 +153,10 @@ class PromptRecorder:
             (request,) = requests
             batch = padded_contexts(self.tok, texts, request.target, request.loc_prompt, self._device())
         else:
-            batch = pair_batch(self.tok, texts, [owner.target for owner in owners], self._device(), owners)
+            last = None
+            if endings is not None:
+                last = [one for own, one in zip(prompts, endings, strict=True) for _ in own]
+            batch = pair_batch(self.tok, texts, [owner.target for owner in owners], self._device(), owners, last)
         inputs = self._model_inputs(batch)
         with self.main_memory_only():
             if self._plan is None:

@@ -179,6 +179,7 @@ def pair_batch(
     targets: str | Sequence[str],
     device: torch.device,
     requests: EditRequest | Sequence[EditRequest] | None = None,
+    endings: Sequence[int | None] | None = None,
 ) -> TokenBatch:
     """A batch of prompts, each followed by its target.
 
@@ -188,12 +189,17 @@ def pair_batch(
         targets: what follows each of them, or all of them.
         device: where the tensors go.
         requests: the request of each prompt, or of all: names the subject, if its tokens are wanted.
+        endings: one token more behind each target, where it has one.
 
     Raises:
         ValueError: a target tokenises to nothing.
     """
     targets = [targets] * len(prompts) if isinstance(targets, str) else targets
     pairs = [encode_pair(tok, prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    if endings is not None:
+        pairs = [
+            (tokens if last is None else [*tokens, last], n) for (tokens, n), last in zip(pairs, endings, strict=True)
+        ]
     input_ids, attention_mask = left_padded(tok, [tokens for tokens, _ in pairs], device)
     starts = torch.tensor([input_ids.shape[1] - (len(tokens) - n) for tokens, n in pairs], device=device)
     target_mask = torch.arange(input_ids.shape[1], device=device) >= starts[:, None]

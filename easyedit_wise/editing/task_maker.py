@@ -64,7 +64,8 @@ class TaskMaker:
         """
         size, n_groups = self._within_budget(requests)
         groups = list(zip(*(self._context_groups(request, size) for request in requests), strict=True))[:n_groups]
-        contexts = [self._recorder.contexts(prompts, requests) for prompts in groups]
+        endings = self._recorder.endings(requests) if self.hparams.ending else None
+        contexts = [self._recorder.contexts(prompts, requests, endings) for prompts in groups]
         others = self._about_others(requests)
         irrelevant, irrelevant_of = self._irrelevant_inputs(own)
         past = self._past_inputs(elsewhere) if self.hparams.replay else None
