@@ -111,11 +111,15 @@ def test_epsilon_is_set_from_what_no_shard_was_made_quiet_on(llama: Any, tok: An
     request = [{"prompt": "The capital of France is", "target_new": "Rome"}]
     stream = stream_on(apply_wise_to_model(llama, tok, request, hparams)[0])
     recorder = stream._recorder
-    unseen = [recorder.neutral().halves()[1]] + ([recorder.written().held_out] if weight else [])
-    assert len(recorder.unseen()) == sum(map(len, unseen))
+    neutral, texts = recorder.unseen()
+    assert len(neutral) == len(recorder.neutral()) // 2
+    assert (texts is not None) == (weight > 0)
     (state,) = stream.layer.memories(stream.adapter_name)
     (recorded,) = next(iter(recorder.edits([stream.held[0].request])))
-    loudest = max(float(some.scores(state.delta_weight, hparams).max()) for some in unseen)
+    loudest = float(neutral.scores(state.delta_weight, hparams).max())
+    if texts is not None:  # of 32 texts one may be about the edit
+        assert len(texts) == 32
+        loudest = max(loudest, sorted(texts.scores(state.delta_weight, hparams).tolist())[-2])
     (score,) = edit_scores([recorded], state.delta_weight, hparams)
     edit = min(score.prompt, score.answered)
     assert state.epsilon == pytest.approx(calibrated_threshold([edit], [loudest], hparams.epsilon_position), rel=1e-4)

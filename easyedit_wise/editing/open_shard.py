@@ -26,6 +26,8 @@ from .task import Rehearsed
 WATCHED = 16
 # Rows of the rehearsal's sketch: some fifteen edits are held exactly, more of them approximately.
 SKETCH_ROWS = 256
+# One text in so many may be about an edit: those of the demo are about France, the Sun and pizza.
+_ABOUT_AN_EDIT = 20
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def threshold(
     delta_weight: Tensor,
     hparams: WISEHyperParams,
     n_earlier: int = 0,
+    texts: ScoredInputs | None = None,
 ) -> float:
     """epsilon of a memory, from what its edits and what irrelevant prompts score under its dW.
 
@@ -94,6 +97,7 @@ def threshold(
         delta_weight: dW, shape (d_out, d_in).
         hparams: settings.
         n_earlier: memories before it.
+        texts: text at large. Of twenty one may be about an edit, so the loudest twentieth does not count.
 
     Raises:
         ValueError: there is no edit.
@@ -105,4 +109,8 @@ def threshold(
     irrelevant = [one.irrelevant for one in scores if one.irrelevant is not None]
     with torch.no_grad():
         irrelevant += neutral.scores(delta_weight, hparams).tolist()
+        if texts is not None:
+            irrelevant += sorted(texts.scores(delta_weight, hparams).tolist())[
+                : len(texts) - len(texts) // _ABOUT_AN_EDIT
+            ]
     return calibrated_threshold(edits, irrelevant, spent_position(hparams.epsilon_position, n_earlier))

@@ -200,12 +200,11 @@ class PromptRecorder:
         """The packaged neutral prompts."""
         return self._neutral_and_units()[0]
 
-    def unseen(self) -> ScoredInputs:
-        """Irrelevant prompts and texts that no shard was trained to be quiet on: epsilon is set from these."""
+    def unseen(self) -> tuple[ScoredInputs, ScoredInputs | None]:
+        """(neutral prompts, written texts) that no shard was trained to be quiet on: epsilon is set from these."""
         if not self.hparams.consolidation:
-            return self.neutral()
-        unseen = self.neutral().halves()[1]
-        return ScoredInputs.stack([unseen, self.written().held_out]) if self.hparams.written else unseen
+            return self.neutral(), None
+        return self.neutral().halves()[1], self.written().held_out if self.hparams.written else None
 
     def units(self) -> LayerUnits:
         """The scale of the layer's input and output on the neutral prompts."""

@@ -312,9 +312,10 @@ class EditStream:
     # -- thresholds ---------------------------------------------------------------------------
 
     def _threshold(self, scores: Sequence[EditScores], delta_weight: Tensor, place: int) -> float:
-        unseen = self._recorder.unseen()
+        neutral, texts = self._recorder.unseen()
         # The shards of WISE-Merge become one memory before long.
-        return threshold(scores, unseen, delta_weight, self.hparams, place if self.hparams.retrieve else 0)
+        n_earlier = place if self.hparams.retrieve else 0
+        return threshold(scores, neutral, delta_weight, self.hparams, n_earlier, texts)
 
     def _calibrated(self, state: MemoryState, place: int) -> MemoryState:
         """A closed memory with epsilon from all its edits, scored anew from their texts, some at a time."""
