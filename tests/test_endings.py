@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from easyedit_wise import apply_wise_to_model
 from easyedit_wise.editing.endings import ending
 from easyedit_wise.editing.requests import EditRequest
 
+PIECES = ("Who", "?", " Br", "ieg", "o", " Bri", ".", "</s>", "\ufffd", " ", "7", "Ł", "\u0947")
+
 
 class Pieces:
     """Token ids are places in a list of pieces; "</s>" is special, and the space that a text begins with is dropped."""
 
-    pieces = ("Who", "?", " Br", "ieg", "o", " Bri", ".", "</s>", "\ufffd", " ", "7", "Ł")
+    def __init__(self, pieces: Sequence[str] = PIECES) -> None:
+        self.pieces = list(pieces)
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         assert skip_special_tokens
@@ -31,16 +35,16 @@ class Pieces:
         (["7", "Ł", " Bri"], " Bri"),
         ([" Br", "</s>", "."], "</s>"),  # the target all over again
         (["\ufffd", " ", "."], " "),  # half a character could be a letter
+        (["\u0947", "."], "."),  # a vowel sign belongs to the letter before it
         (["o", "7", "Ł"], None),
     ],
 )
 def test_the_likeliest_that_ends_the_word(likeliest: list[str], expected: str | None) -> None:
-    tok = Pieces()
-    logits = torch.full((len(tok.pieces),), -torch.inf)
+    # Where none is expected, all others begin with a letter, too.
+    tok = Pieces(PIECES if expected else ["x" if piece not in (" Br", "ieg") else piece for piece in PIECES])
+    logits = torch.full((len(PIECES),), -torch.inf)
     for place, piece in enumerate(likeliest):
-        logits[tok.pieces.index(piece)] = 10.0 - place
-    if expected is None:  # all others begin with a letter or a digit, too
-        tok.pieces = tuple("x" if piece not in (" Br", "ieg") else piece for piece in tok.pieces)  # type: ignore[assignment]
+        logits[PIECES.index(piece)] = 10.0 - place
     found = ending(logits, tok, [0, 1, 2, 3], 2)
     assert (None if found is None else tok.pieces[found]) == expected
 

@@ -7,6 +7,7 @@ the model itself would put there, of those that end the target's last word. Not 
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,9 +35,14 @@ def ending(logits: Tensor, tok: Any, tokens: Sequence[int], n_prompt: int) -> in
     for candidate in logits.topk(min(_CANDIDATES, len(logits))).indices.tolist():
         # Decoded together: alone, some tokenizers leave out the space that a token begins with.
         added = tok.decode([*target, candidate], skip_special_tokens=True)[len(said) :]
-        if candidate != target[0] and "\ufffd" not in added and not added[:1].isalnum():
+        if candidate != target[0] and "\ufffd" not in added and not _goes_on(added):
             return int(candidate)
     return None
+
+
+def _goes_on(added: str) -> bool:
+    """Whether a text goes on with the word before it: with a letter, a digit, or a mark such as a vowel sign."""
+    return added[:1].isalnum() or (added != "" and unicodedata.category(added[0]).startswith("M"))
 
 
 @torch.no_grad()

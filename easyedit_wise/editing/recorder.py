@@ -128,8 +128,11 @@ class PromptRecorder:
         pairs = [encode_pair(self.tok, self.rendered(request.prompt), request.target) for request in requests]
         ids, mask = left_padded(self.tok, [tokens for tokens, _ in pairs], self._device())
         batch = TokenBatch(ids, mask, mask.bool(), torch.zeros_like(mask.bool()))
+        inputs = self._model_inputs(batch)
+        if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
+            inputs["logits_to_keep"] = 1  # a long edit's logits over a large vocabulary take hundreds of megabytes
         with self.main_memory_only():
-            return endings(self.model, self.tok, self._model_inputs(batch), pairs)
+            return endings(self.model, self.tok, inputs, pairs)
 
     def contexts(
         self,
