@@ -71,7 +71,7 @@ class WiseConfig(PeftConfig):
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
         if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]  # likewise
         if not 0.0 < self.mask_ratio <= 1.0:
             raise ValueError(
                 f"mask_ratio (rho) is {self.mask_ratio}, outside (0, 1]: it is the share of the side memory that one "
