@@ -32,6 +32,10 @@ def check_together(hparams: WISEHyperParams) -> None:
             f"padding_counts goes with batch_size 1 and contexts_per_step null, not with {hparams.batch_size} and "
             f"{hparams.contexts_per_step}: EasyEdit trains one edit in one batch of all its contexts."
         )
+    if hparams.padding_counts and hparams.ending:
+        raise ValueError(
+            "padding_counts is True with ending: True, but EasyEdit's batch ends with the target: set ending: false."
+        )
     if hparams.decay_whole_matrix and hparams.optimizer != "sgd":
         raise ValueError(
             f"decay_whole_matrix goes with optimizer 'sgd', not with {hparams.optimizer!r}: it is EasyEdit's decay."

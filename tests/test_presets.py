@@ -156,6 +156,7 @@ def test_from_preset_takes_changes_and_easyedits_margin() -> None:
         (PAPER, {"n_iters": 3}, ["'n_iters'", "did you mean 'n_iter'?"]),
         (UPSTREAM, {"batch_size": 4}, ["padding_counts", "batch_size 1", "not with 4"]),
         (UPSTREAM, {"contexts_per_step": 3}, ["padding_counts", "contexts_per_step null", "and 3"]),
+        (UPSTREAM, {"ending": True}, ["padding_counts", "ending: True", "ending: false"]),
         (UPSTREAM, {"optimizer": "lion"}, ["decay_whole_matrix", "'sgd'", "'lion'"]),
         (UPSTREAM, {"act_ratio": None}, ["epsilon_as_trained", "act_ratio"]),
         (UPSTREAM, {"padding_counts": 1}, ["padding_counts is 1", "true or false"]),
