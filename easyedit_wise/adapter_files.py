@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from .editing.held import HeldEdit
 from .editing.requests import EditRequest
-from .editing.stream import HeldEdit
 from .hparams import WISEHyperParams
 from .tuner.config import WiseConfig
 

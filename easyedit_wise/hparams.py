@@ -6,19 +6,12 @@ EasyEdit's own WISE files load unmodified and keep their meaning (``presets``).
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .checks import (
-    check_choice,
-    check_count,
-    check_inner_params,
-    check_positive_int,
-    check_share,
-    check_switch,
     is_number,
     nearest,
     number_from_scientific_notation,
@@ -27,22 +20,8 @@ from .consolidation_settings import ConsolidationSettings
 from .easyedit_arithmetic import SCORE_ACTIVATION_OF_THE_MODEL, EasyEditArithmetic, activation_of
 from .hparams_combinations import check_together
 from .hparams_files import packaged_hparams, read_settings
-from .merging import MERGE_METHODS
+from .hparams_values import check_values
 from .presets import implied_preset, preset_values
-from .routing import POOLINGS
-
-OBJECTIVES = ("only_label", "prompt_and_label")
-OPTIMIZERS = ("steepest", "sgd", "adam", "lion")
-_SWITCHES = (
-    "retrieve",
-    "replay",
-    "subject_routing",
-    "use_chat_template",
-    "layer_units",
-    "ending",
-    "model_parallel",
-    "fp16",
-)
 
 
 @dataclass
@@ -147,6 +126,9 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     fp16: bool = False
     save_path: str | None = None
     load_path: str | None = None
+    journal: str | None = None
+    """A folder in which every edit is kept the moment it is made, so that a stopped stream goes on and single edits can
+    be taken back (docs/journal.md). None: no journal."""
 
     def __post_init__(self) -> None:
         self.validate()
@@ -162,71 +144,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
         Raises:
             ValueError: naming the first value that does not fit, the limit and the cure.
         """
-        check_inner_params(self.inner_params)
-        if self.alg_name != "WISE":
-            raise ValueError(f"alg_name is {self.alg_name!r}: these settings are WISE's, so it must be 'WISE'.")
-        check_share(
-            "mask_ratio (rho)",
-            self.mask_ratio,
-            "the share of the side memory that one shard may change; the paper uses 0.2",
-        )
-        for name in ("alpha", "beta", "gamma"):
-            value = getattr(self, name)
-            if not is_number(value) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} is {value!r}: the margins of Eq. 5 are finite numbers of at least 0.")
-        if self.beta <= self.alpha:
-            raise ValueError(
-                f"beta ({self.beta}) must be greater than alpha ({self.alpha}): edits must score above beta and "
-                "irrelevant prompts below alpha; the paper uses act_margin: [5.0, 20.0, 10.0]."
-            )
-        check_positive_int("n_iter", self.n_iter)
-        check_positive_int("merge_freq", self.merge_freq)
-        if self.save_freq is not None:
-            check_positive_int("save_freq", self.save_freq)
-            if self.merge_freq % self.save_freq:
-                lower = max(self.save_freq, self.merge_freq // self.save_freq * self.save_freq)
-                raise ValueError(
-                    f"merge_freq ({self.merge_freq}) must be a multiple of save_freq ({self.save_freq}), since a "
-                    f"merge folds whole shards: set it to {lower} or {lower + self.save_freq}, for instance."
-                )
-        check_choice("merge_alg", self.merge_alg, tuple(MERGE_METHODS))
-        check_choice("objective_optimization", self.objective_optimization, OBJECTIVES)
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("pooling", self.pooling, POOLINGS)
-        for name in ("edit_lr", "first_token_weight"):
-            value = getattr(self, name)
-            if not is_number(value) or not math.isfinite(value) or value <= 0:
-                raise ValueError(f"{name} is {value!r}: it must be a finite number greater than 0.")
-        for name in ("weight_decay", "rehearsal", "early_stop_loss", "early_stop_change"):
-            value = getattr(self, name)
-            if not is_number(value) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"{name} is {value!r}: it must be a finite number of at least 0.")
-        for name in ("norm_constraint", "act_ratio", "weights"):
-            value = getattr(self, name)
-            if value is not None and (not is_number(value) or not math.isfinite(value) or value <= 0):
-                raise ValueError(
-                    f"{name} is {value!r}: it must be a finite number greater than 0, or null to switch it off."
-                )
-        if self.densities is not None:
-            check_share("densities", self.densities, "the share of each shard that TIES keeps")
-        check_share("lr_end", self.lr_end, "the last step as a share of the first one; 1 keeps edit_lr constant")
-        if not is_number(self.epsilon_position) or not 0.0 <= self.epsilon_position <= 1.0:
-            raise ValueError(f"epsilon_position is {self.epsilon_position!r}, outside [0, 1].")
-        for name in ("n_contexts", "irrelevant_prompts"):
-            check_count(name, getattr(self, name))
-        for name in ("contexts_per_step", "context_tokens"):
-            if getattr(self, name) is not None:
-                check_positive_int(name, getattr(self, name))
-        for name in ("context_length", "batch_size", "max_length"):
-            check_positive_int(name, getattr(self, name))
-        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
-            raise ValueError(f"seed is {self.seed!r}: it must be a whole number.")
-        for name in _SWITCHES:
-            check_switch(name, getattr(self, name))
-        for name in ("save_path", "load_path"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"{name} is {value!r}: it must be a path as text, or null.")
+        check_values(self)
         self.validate_arithmetic()
         self.validate_consolidation()
         check_together(self)

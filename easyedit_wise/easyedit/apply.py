@@ -12,9 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..editing.held import Snapshot
 from ..editing.requests import EditRequest
-from ..editing.stream import EditStream, Snapshot
+from ..editing.stream import EditStream
 from ..hparams import WISEHyperParams
+from ..journal.calls import apply_journaled, journaled
+from ..journal.recording import JournalSink
 from ..persistence import load_edits, save_edits
 from ..tuner.attach import attach, check_layer, detach
 from ..tuner.config import WiseConfig
@@ -114,9 +117,13 @@ def apply_wise_to_model(
                 n_made += 1
                 bar.update()
 
-            stream.apply(edits, on_edit=committed)
+            if stream.sink is None:
+                stream.apply(edits, on_edit=committed)
+            else:
+                apply_journaled(stream, edits, on_edit=committed)
     except BaseException:
         if fresh and not n_made:
+            _close_journal(model)
             detach(model)  # not one edit was made: leave no trace, of loaded edits neither
         raise
     if settings.save_path:
@@ -156,6 +163,9 @@ def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStrea
         layer.edit_stream = stream
     _check_routing_kept(layer.wisemem_config[stream.adapter_name], hparams)
     stream.use(tok, hparams)
+    if hparams.journal:
+        stream = journaled(stream, hparams.journal, name)
+        _check_routing_kept(stream.layer.wisemem_config[stream.adapter_name], hparams)
     return stream
 
 
@@ -188,7 +198,19 @@ def _save(model: nn.Module, adapter_name: str, path: str) -> None:
     save_edits(model, path, adapter_name)
 
 
+def _close_journal(model: nn.Module) -> None:
+    for layer in find_wise_layers(model).values():
+        sink = layer.edit_stream.sink if isinstance(layer.edit_stream, EditStream) else None
+        if isinstance(sink, JournalSink):
+            sink.journal.close()
+
+
 def _restore(model: nn.Module, stream: EditStream, before: Snapshot, fresh: bool) -> None:
+    if isinstance(stream.sink, JournalSink) and not stream.sink.journal.database.closed:
+        stream.restore(before)
+        stream.sink.rewound(stream)
+        if fresh:
+            stream.sink.journal.close()
     if fresh:
         detach(model)
         if getattr(model.__dict__.get("save"), "func", None) is _save:

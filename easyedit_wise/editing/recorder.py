@@ -29,8 +29,9 @@ from .task import RecordedContexts
 from .written import WrittenText, written_tokens
 
 _SCORING_BATCH = 16
-_PREFIXES = "_wise_prefixes"
-_WRITTEN = "_wise_written"
+# Where texts that a model sampled are kept with it.
+PREFIXES = "_wise_prefixes"
+WRITTEN = "_wise_written"
 # Tokens enough for their spread in a layer of some thousand inputs, and few enough to be written within seconds.
 _WRITTEN_TEXTS, _WRITTEN_LENGTH = 64, 64
 
@@ -85,7 +86,7 @@ class PromptRecorder:
         restores after every edit would sample them anew each time. Activations do not stay, since
         another method may change the weights in between.
         """
-        cache: dict[tuple[Any, ...], list[str]] = self.model.__dict__.setdefault(_PREFIXES, {})
+        cache: dict[tuple[Any, ...], list[str]] = self.model.__dict__.setdefault(PREFIXES, {})
         settings = (self.hparams.n_contexts, self.hparams.context_length, self.hparams.seed)
         if self.hparams.fixed_contexts:
             settings = (0, 0, 0)  # what they depend on does not enter
@@ -108,7 +109,7 @@ class PromptRecorder:
         """
         key = (*self._tokenizer_key(), self.hparams.seed)
         if key not in self._written:
-            texts: dict[tuple[Any, ...], Tensor] = self.model.__dict__.setdefault(_WRITTEN, {})
+            texts: dict[tuple[Any, ...], Tensor] = self.model.__dict__.setdefault(WRITTEN, {})
             if key not in texts:
                 generator = torch.Generator().manual_seed(self.hparams.seed)
                 with self.main_memory_only():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..hparams import WISEHyperParams
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MemoryState
 from .consolidated import train_into, with_elsewhere
+from .held import CommitSink, Committed, HeldEdit, Snapshot
 from .open_shard import OpenShard, threshold
 from .recorded import EditScores, RecordedEdit, edit_scores
 from .recorder import PromptRecorder, plain_edits
@@ -34,41 +35,6 @@ from .shards import (
 from .task import EditTask
 from .task_maker import TaskMaker
 from .trainer import EditOutcome, train_edit
-
-
-@dataclass(frozen=True)
-class HeldEdit:
-    """An edit that a side memory holds.
-
-    Attributes:
-        request: what was asked for.
-        memory: index of the side memory.
-    """
-
-    request: EditRequest
-    memory: int
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """All that an edit changes: by reference, but for the entries that a live shard may change.
-
-    Attributes:
-        states: the side memories. Edits go on in the live one's own dW, so of that tensor only what lies
-            outside the mask is sure to stay.
-        held: the edits.
-        generator_state: of the stream's random numbers.
-        open_shard: what is remembered of the live shard's edits.
-        live_values: the live shard's masked entries, shape (n,); None without a live shard that edits were made in.
-        elsewhere: what the next shard shall be quiet on.
-    """
-
-    states: tuple[MemoryState, ...]
-    held: tuple[HeldEdit, ...]
-    generator_state: Tensor
-    open_shard: OpenShard | None = None
-    live_values: Tensor | None = None
-    elsewhere: Tensor | None = None
 
 
 class EditStream:
@@ -99,6 +65,8 @@ class EditStream:
         # Of all edits so far, for the next shard's problem; None: there are none, or not known, as after loading.
         self._elsewhere: Tensor | None = None
         self._generator = torch.Generator().manual_seed(hparams.seed)
+        # Told of every batch; a copy of the stream has none, since two streams cannot be one record.
+        self.sink: CommitSink | None = None
         self._recorder = PromptRecorder(model, tok, hparams, layer)
         self._tasks = TaskMaker(self._recorder, self._generator)
 
@@ -155,9 +123,9 @@ class EditStream:
             EditDivergedError: the loss became NaN or infinite; that batch was taken back, the ones before it stand.
             ValueError: a target tokenises to nothing, or the model has no chat template but needs one;
                 not one edit was made.
+            Whatever the :attr:`sink` raises: the batch that it was told of was taken back.
         """
-        for request in requests:  # all of them before the first: a bad one must not stop a stream half-way
-            encode_pair(self.tok, self._recorder.rendered(request.prompt), request.target)
+        self.check(requests)  # all of them before the first: a bad one must not stop a stream half-way
         outcomes: list[EditOutcome] = []
         while len(outcomes) < len(requests):
             done, states = len(outcomes), self.layer.memories(self.adapter_name)
@@ -165,16 +133,27 @@ class EditStream:
             del states
             before = self.snapshot()
             try:
-                made = self._edit(batch, on_iteration)
+                made = self._edit(batch, before.generator_state, on_iteration)
+                if self.sink is not None:
+                    self.sink.committed(self, made)
             except BaseException:  # also a KeyboardInterrupt: nothing is half-applied
                 self.restore(before)
                 raise
             del before  # or a dW that was replaced would live on
-            outcomes += [replace(outcome, delta_weight=None) for outcome in made]
-            for index, (request, outcome) in enumerate(zip(batch, made, strict=True), done):
+            outcomes += made.outcomes
+            for index, (request, outcome) in enumerate(zip(batch, made.outcomes, strict=True), done):
                 if on_edit is not None:
                     on_edit(index, request, outcome)
         return outcomes
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Whether edits can be asked for.
+
+        Raises:
+            ValueError: a target tokenises to nothing, or the model has no chat template but needs one.
+        """
+        for request in requests:
+            encode_pair(self.tok, self._recorder.rendered(request.prompt), request.target)
 
     def snapshot(self) -> Snapshot:
         """The present contents, to be put back by :meth:`restore`."""
@@ -196,8 +175,11 @@ class EditStream:
         self._generator.set_state(snapshot.generator_state)
 
     def _edit(
-        self, requests: Sequence[EditRequest], on_iteration: Callable[[int, float], None] | None
-    ) -> list[EditOutcome]:
+        self,
+        requests: Sequence[EditRequest],
+        generator_state: Tensor,
+        on_iteration: Callable[[int, float], None] | None,
+    ) -> Committed:
         """Train some edits together into the live shard, and commit them."""
         states = self._with_live_shard()
         self.layer.install(self.adapter_name, states)  # what it replaces need not stay in memory
@@ -232,7 +214,9 @@ class EditStream:
             states[-1] = states[-1].with_(epsilon=self._threshold(scores, learned, place))
         self._open_shard = shard
         self.layer.install(self.adapter_name, self._closed_if_full(states, shard.n_tokens))
-        return made
+        outcomes = [replace(one, delta_weight=None) for one in made]
+        new = scores[len(scores) - len(requests) :]
+        return Committed(requests, outcomes, recorded, new, live.mask, place, generator_state)
 
     def _train(
         self, task: EditTask, live: MemoryState, label: str, on_iteration: Callable[[int, float], None] | None

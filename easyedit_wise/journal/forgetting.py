@@ -1,0 +1,144 @@
+"""Take one edit back, exactly: the stream is made again from the last snapshot before it, without it.
+
+What comes out is, bit for bit, what a stream would be that never had the edit. Until all of it is made the journal is
+as before, and what is made already is kept beside it: after an interrupt the same call goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..editing.stream import EditStream
+from ..tuner.attach import detach
+from ..tuner.model import find_wise_layers
+from .database import JournalError
+from .entries import NO_CHAIN, EditEntry, ForgottenEntry
+from .journal import PENDING, Journal
+from .recording import JournalSink, now
+from .restoring import OnEdit, fresh_stream, make_again, rebuild, sink_of
+from .writing import JournalWriter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What taking an edit back asks for.
+
+    Attributes:
+        edit: which.
+        n_kept: edits before it that stay as they are.
+        again: those that are made again, in order.
+        done: how many of them an interrupted call has made already.
+    """
+
+    edit: EditEntry
+    n_kept: int
+    again: list[EditEntry]
+    done: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """How long that takes, by what it took before."""
+        return sum(edit.seconds for edit in self.again[self.done :])
+
+
+def plan_of(journal: Journal, edit_id: int) -> Plan:
+    """What taking an edit back asks for.
+
+    Raises:
+        JournalError: there is no edit of this number.
+    """
+    edit, edits = journal.edit(edit_id), journal.edits()
+    before = edits.index(edit)
+    snapshot = journal.complete_snapshot(before)
+    n_kept = 0 if snapshot is None else snapshot.n_edits
+    again = [one for one in edits[n_kept:] if one.id != edit_id]
+    plan = Plan(edit, n_kept, again)
+    done = len(journal.edits(PENDING)) if journal.note("pending") == _note(plan) else 0
+    return Plan(edit, n_kept, again, done)
+
+
+def _note(plan: Plan) -> dict[str, Any]:
+    return {"forget": plan.edit.id, "kept": plan.n_kept, "again": [edit.id for edit in plan.again]}
+
+
+def forget(
+    model: nn.Module,
+    tok: Any,
+    folder: str | Path,
+    edit_id: int,
+    on_edit: OnEdit | None = None,
+    on_plan: Callable[[Plan], None] | None = None,
+) -> EditStream:
+    """Take one edit of a journal back; what comes after it is made again without it.
+
+    Args:
+        model: the base model, or the one that carries the journal's edits and writes to it.
+        tok: its tokenizer.
+        folder: the journal's.
+        edit_id: the edit's number.
+        on_edit: called after each edit that is made again.
+        on_plan: called with what it asks for, before the first.
+
+    Returns:
+        The stream without the edit, on the model; it goes on writing to the journal.
+
+    Raises:
+        JournalError: there is no such edit, or another process writes to the journal, or the model's edits are not the
+            journal's. The journal is as before.
+        EditDivergedError: an edit cannot be made again; likewise.
+    """
+    Journal(folder).close()  # a journal is not made by forgetting in it
+    layers = find_wise_layers(model)
+    stream = next(iter(layers.values())).edit_stream if layers else None
+    if layers and not _writes_to(stream, folder):
+        raise JournalError(
+            f"this model carries edits, but does not write to the journal {folder}: forget on a freshly loaded model, "
+            "or restore this one first."
+        )
+    journal = stream.sink.journal if stream is not None else JournalWriter(folder)
+    before = stream.snapshot() if stream is not None else None
+    sink_before = stream.sink if stream is not None else None
+    try:
+        plan = plan_of(journal, edit_id)
+        if on_plan is not None:
+            on_plan(plan)
+        if stream is None:
+            stream = fresh_stream(model, tok, journal)
+        _make_without(stream, journal, plan, on_edit)
+    except BaseException:
+        if stream is not None and before is not None:
+            stream.restore(before)
+            stream.sink = sink_before
+        elif not layers:
+            detach(model)
+            journal.close()
+        raise
+    return stream
+
+
+def _writes_to(stream: Any, folder: str | Path) -> bool:
+    sink = stream.sink if isinstance(stream, EditStream) else None
+    return isinstance(sink, JournalSink) and sink.journal.folder.resolve() == Path(folder).resolve()
+
+
+def _make_without(stream: EditStream, journal: JournalWriter, plan: Plan, on_edit: OnEdit | None) -> None:
+    if not plan.done and journal.note("pending") != _note(plan):
+        journal.begin_pending(_note(plan))
+    first = journal.calls()[0][2]
+    settings = stream.hparams
+    stream.use(stream.tok, stream.hparams.from_dict(first.settings))
+    state_at = rebuild(stream, journal, PENDING, plan.n_kept)
+    last = journal.snapshot(PENDING) or journal.complete_snapshot(plan.n_kept)
+    facts = journal.facts()
+    sink = JournalSink(
+        journal, "" if facts is None else facts.layer, PENDING, NO_CHAIN if last is None else last.chain, state_at
+    )
+    make_again(stream, plan.again[plan.done :], {number: call for number, _, call in journal.calls()}, sink, on_edit)
+    journal.adopt_pending(plan.n_kept, ForgottenEntry(asdict(plan.edit), now(), "forget"))
+    stream.sink = sink_of(journal, sink.state_at)
+    stream.use(stream.tok, settings)

@@ -1,0 +1,159 @@
+"""Tensors of a stream as bytes, and back: safetensors, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..editing.gain import SpokenEdit
+from ..editing.open_shard import OpenShard
+from ..editing.recorded import EditScores, RecordedEdit
+from ..editing.scored import ScoredInputs
+from ..least_squares import NormalEquations
+
+_EQUATIONS = ("columns", "edits", "outputs", "quiet")
+
+
+def to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    """Named tensors as one safetensors file. A tensor that stands twice is written twice."""
+    return bytes(save({name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}))
+
+
+def from_bytes(data: bytes) -> dict[str, Tensor]:
+    """The tensors of :func:`to_bytes`.
+
+    Raises:
+        ValueError: these are no tensors.
+    """
+    try:
+        return dict(load(data))
+    except SafetensorError as error:
+        raise ValueError(str(error)) from error
+
+
+def mask_bytes(mask: Tensor) -> bytes:
+    """A shard's mask, bool, shape (d_out, d_in): of whole columns as their indices, others with a bit an entry."""
+    columns = mask.any(dim=0)
+    shape = torch.tensor(mask.shape)
+    if torch.equal(columns, mask.all(dim=0)):
+        return to_bytes({"shape": shape, "columns": columns.nonzero().squeeze(-1).to(torch.int32)})
+    bits = torch.nn.functional.pad(mask.flatten().cpu(), (0, -mask.numel() % 8)).view(-1, 8).to(torch.uint8)
+    return to_bytes({"shape": shape, "bits": (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=1).to(torch.uint8)})
+
+
+def mask_from_bytes(data: bytes) -> Tensor:
+    """The mask of :func:`mask_bytes`.
+
+    Raises:
+        ValueError: this is no mask.
+    """
+    tensors = from_bytes(data)
+    d_out, d_in = (int(size) for size in tensors["shape"])
+    if "columns" in tensors:
+        mask = torch.zeros(d_out, d_in, dtype=torch.bool)
+        mask[:, tensors["columns"].long()] = True
+        return mask
+    bits = (tensors["bits"][:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.flatten()[: d_out * d_in].view(d_out, d_in).bool()
+
+
+def rows_bytes(edit: RecordedEdit) -> bytes:
+    """What the next shards need of an edit: A(x) of its tokens, and of its irrelevant prompt's."""
+    rows = {"answered": edit.answered.activations}
+    if edit.irrelevant is not None:
+        rows["irrelevant"] = edit.irrelevant.activations
+    return to_bytes(rows)
+
+
+def rows_from_bytes(data: bytes, device: torch.device) -> RecordedEdit:
+    """The edit of :func:`rows_bytes`, without its masks.
+
+    Raises:
+        ValueError: these are no such rows.
+    """
+    tensors = from_bytes(data)
+    if "answered" not in tensors or any(one.dim() != 2 for one in tensors.values()):
+        raise ValueError("the rows of an edit are missing")
+
+    def prompt(rows: Tensor) -> ScoredInputs:
+        return ScoredInputs(rows.to(device), torch.ones(1, len(rows), dtype=torch.bool, device=device))
+
+    irrelevant = tensors.get("irrelevant")
+    answered = prompt(tensors["answered"])
+    return RecordedEdit(answered, answered.token_mask, None if irrelevant is None else prompt(irrelevant))
+
+
+@dataclass
+class _Packed:
+    """Tensors under numbers, each once, for values that name them by number."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def put(self, value: Tensor | None) -> str | None:
+        if value is None:
+            return None
+        name = str(len(self.tensors))
+        self.tensors[name] = value
+        return name
+
+
+def pack_open_shard(shard: OpenShard) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An open shard as plain values, and the tensors that they name."""
+    packed = _Packed()
+
+    def inputs(one: ScoredInputs | None) -> list[str | None] | None:
+        return (
+            None
+            if one is None
+            else [packed.put(one.activations), packed.put(one.token_mask), packed.put(one.base_output)]
+        )
+
+    def edit(one: RecordedEdit) -> list[Any]:
+        return [inputs(one.answered), packed.put(one.prompt_mask), inputs(one.irrelevant)]
+
+    equations = shard.equations
+    values = {
+        "watched": [edit(one) for one in shard.watched],
+        "others": [[one.prompt, one.answered, one.irrelevant] for one in shard.others],
+        "sketch": packed.put(shard.sketch),
+        "n_tokens": shard.n_tokens,
+        "equations": None if equations is None else [packed.put(getattr(equations, name)) for name in _EQUATIONS],
+        "spoken": [[edit(one.recorded), packed.put(one.share), packed.put(one.prompt_share)] for one in shard.spoken],
+    }
+    return values, packed.tensors
+
+
+def unpack_open_shard(values: Mapping[str, Any], tensors: Mapping[str, Tensor], device: torch.device) -> OpenShard:
+    """The shard of :func:`pack_open_shard`.
+
+    Raises:
+        KeyError, ValueError, TypeError: something is missing.
+    """
+
+    def get(name: str) -> Tensor:
+        return tensors[name].to(device)
+
+    def maybe(name: str | None) -> Tensor | None:
+        return None if name is None else get(name)
+
+    def inputs(one: Sequence[Any]) -> ScoredInputs:
+        return ScoredInputs(get(one[0]), get(one[1]), maybe(one[2]))
+
+    def edit(one: Sequence[Any]) -> RecordedEdit:
+        return RecordedEdit(inputs(one[0]), get(one[1]), None if one[2] is None else inputs(one[2]))
+
+    equations = values["equations"]
+    return OpenShard(
+        tuple(edit(one) for one in values["watched"]),
+        tuple(EditScores(*one) for one in values["others"]),
+        maybe(values["sketch"]),
+        int(values["n_tokens"]),
+        None if equations is None else NormalEquations(*(get(one) for one in equations)),
+        tuple(SpokenEdit(edit(one[0]), get(one[1]), get(one[2])) for one in values["spoken"]),
+    )
