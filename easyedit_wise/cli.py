@@ -1,14 +1,14 @@
-"""The command line: ``easyedit-wise demo``, ``easyedit-wise edit`` and ``easyedit-wise evaluate``."""
+"""The command line, ``easyedit-wise``: demo, edit, log, show, resume, forget, evaluate."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from rich.console import Console
 
 app = typer.Typer(help="WISE lifelong model editing.", no_args_is_help=True, add_completion=False)
 
@@ -26,6 +26,10 @@ def _errors_in_one_line() -> Iterator[None]:
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         typer.secho(f"error: {' '.join(str(error).split())}", fg="red", err=True)
         raise typer.Exit(code=1) from error
+
+
+def _console() -> Console:
+    return Console(highlight=False)
 
 
 @app.command()
@@ -47,33 +51,65 @@ def edit(
     requests: Annotated[Path, typer.Argument(help="JSON: a list of {prompt, target_new[, subject, loc_prompt]}.")],
     model: Annotated[str, typer.Option(help="Path or name of a causal language model.")],
     hparams: Annotated[str, typer.Option(help="A YAML file, or a packaged name such as llama-7b.")],
-    out: Annotated[Path, typer.Option(help="Folder that the edits are saved into.")],
+    out: Annotated[Path | None, typer.Option(help="Folder that the edits are saved into.")] = None,
+    journal: Annotated[
+        Path | None, typer.Option(help="Folder of a journal: every edit is kept when it is made.")
+    ] = None,
 ) -> None:
-    """Edit a model and save the edits as a folder, without EasyEdit."""
-    import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from .easyedit.apply import apply_wise_to_model
-    from .editing.requests import EditRequest
-    from .hparams import WISEHyperParams
-    from .persistence import save_edits
+    """Edit a model without EasyEdit; the edits are saved as a folder, or kept in a journal, or both."""
+    from .cli_edit import run_edit
 
     with _errors_in_one_line():
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out} is a file: edits are saved as a folder, so name another path.")
-        settings = WISEHyperParams.from_hparams(hparams)
-        wanted: Any = json.loads(requests.read_text(encoding="utf-8"))
-        if not isinstance(wanted, list) or not wanted:
-            raise ValueError(f"{requests} must hold a non-empty list of requests.")
-        for request in wanted:  # before the model is loaded, which takes its time
-            EditRequest.from_easyedit(request)
-        transformers.utils.logging.set_verbosity_error()
-        base = AutoModelForCausalLM.from_pretrained(model).eval()
-        tok = AutoTokenizer.from_pretrained(model)
-        settings.model_name = model
-        edited, _ = apply_wise_to_model(base, tok, wanted, settings)
-        save_edits(edited, out)
-    typer.echo(f"{len(wanted)} edits saved in {out}.")
+        run_edit(requests, model, hparams, out, journal, _console())
+
+
+@app.command()
+def log(journal: Annotated[Path, typer.Argument(help="Folder of a journal.")]) -> None:
+    """List the edits of a journal."""
+    from .cli_journal import run_log
+
+    with _errors_in_one_line():
+        run_log(journal, _console())
+
+
+@app.command()
+def show(
+    journal: Annotated[Path, typer.Argument(help="Folder of a journal.")],
+    edit_id: Annotated[int, typer.Argument(metavar="ID", help="Number of an edit, as log lists it.")],
+) -> None:
+    """Explain one edit of a journal."""
+    from .cli_journal import run_show
+
+    with _errors_in_one_line():
+        run_show(journal, edit_id, _console())
+
+
+@app.command()
+def resume(
+    journal: Annotated[Path, typer.Argument(help="Folder of a journal.")],
+    model: Annotated[str | None, typer.Option(help="The base model; default the one that the journal names.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder that the edits are saved into, too.")] = None,
+    skip: Annotated[int, typer.Option(help="Leave out so many edits, such as one that cannot be made.", min=0)] = 0,
+) -> None:
+    """Go on with a stream of edits that was stopped, or killed."""
+    from .cli_journal import run_resume
+
+    with _errors_in_one_line():
+        run_resume(journal, model, out, skip, _console())
+
+
+@app.command()
+def forget(
+    journal: Annotated[Path, typer.Argument(help="Folder of a journal.")],
+    edit_id: Annotated[int, typer.Argument(metavar="ID", help="Number of an edit, as log lists it.")],
+    model: Annotated[str | None, typer.Option(help="The base model; default the one that the journal names.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder that the edits are saved into, too.")] = None,
+) -> None:
+    """Take one edit back, exactly: what came after it is made again without it."""
+    from .cli_journal import run_forget
+
+    with _errors_in_one_line():
+        run_forget(journal, edit_id, model, out, _console())
 
 
 @app.command()

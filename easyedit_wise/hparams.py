@@ -244,5 +244,10 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
             settings["device"] = str(self.device)  # EasyEdit may have put a torch.device there
         return settings
 
+    def changes(self) -> dict[str, Any]:
+        """The settings that differ from this package's defaults, as plain values."""
+        defaults = type(self)(inner_params=self.inner_params).to_dict()
+        return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+
 
 __all__ = ["WISEHyperParams", "packaged_hparams"]

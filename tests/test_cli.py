@@ -205,3 +205,71 @@ def test_the_edited_model_is_not_changed_on_disk(files: Files, checkpoint: Path)
     assert run(*files.arguments(checkpoint)).exit_code == 0
     assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before
     assert not find_wise_layers(build_model("llama"))
+
+
+# -- journals ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def journaled(files: Files, checkpoint: Path) -> Path:
+    """A journal of three edits, made by the command."""
+    folder = files.out.with_name("journal")
+    result = run(
+        "edit",
+        str(files.requests),
+        "--model",
+        str(checkpoint),
+        "--hparams",
+        str(files.hparams),
+        "--journal",
+        str(folder),
+    )
+    assert result.exit_code == 0, result.output
+    assert result.stdout == f"3 edits journaled in {folder}.\n"
+    return folder
+
+
+def test_edit_wants_a_place(files: Files, checkpoint: Path) -> None:
+    result = run("edit", str(files.requests), "--model", str(checkpoint), "--hparams", str(files.hparams))
+    assert "--out" in error_of(result)
+    assert "--journal" in error_of(result)
+
+
+def test_log_lists_and_show_explains(journaled: Path, checkpoint: Path) -> None:
+    listed = run("log", str(journaled))
+    assert listed.exit_code == 0, listed.output
+    assert f"3 edits, 2 side memories in model.layers.1.mlp.down_proj of {checkpoint}" in listed.stdout
+    assert "Rome" in listed.stdout
+    shown = run("show", str(journaled), "2")
+    assert shown.exit_code == 0, shown.output
+    for part in ("The currency of India is", "the euro", "side memory 0 (shard, 2 edits", "merge_freq: 4"):
+        assert part in shown.stdout
+    assert "holds no edit 9: it has 3, from 1 to 3" in error_of(run("show", str(journaled), "9"))
+
+
+def test_forget_takes_back_and_saves(journaled: Path, files: Files, tok: Any) -> None:
+    result = run("forget", str(journaled), "1", "--out", str(files.out))
+    assert result.exit_code == 0, result.output
+    assert "edit 1 is taken back; 2 edits are held." in result.stdout
+    assert "2 edits are made again without it" in result.stderr
+    expected, loaded = build_model("llama"), build_model("llama")
+    apply_wise_to_model(expected, tok, requests(3)[1:], settings(save_freq=2, merge_freq=4))
+    load_edits(loaded, files.out)
+    for one, other in zip(
+        only_layer(loaded).memories("default"), only_layer(expected).memories("default"), strict=True
+    ):
+        assert torch.equal(one.delta_weight, other.delta_weight)
+    assert "taken back" in run("log", str(journaled)).stdout
+    assert "that one was taken back" in error_of(run("forget", str(journaled), "1"))
+
+
+def test_resume_with_nothing_left_changes_nothing(journaled: Path) -> None:
+    result = run("resume", str(journaled))
+    assert result.exit_code == 0, result.output
+    assert "3 edits are held." in result.stdout
+
+
+def test_a_folder_without_a_journal(tmp_path: Path) -> None:
+    for command in (["log"], ["show", "1"], ["resume"], ["forget", "1"]):
+        name, *rest = command
+        assert "does not exist: name a folder" in error_of(run(name, str(tmp_path / "none"), *rest))

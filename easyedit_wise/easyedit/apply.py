@@ -16,7 +16,7 @@ from ..editing.held import Snapshot
 from ..editing.requests import EditRequest
 from ..editing.stream import EditStream
 from ..hparams import WISEHyperParams
-from ..journal.calls import apply_journaled, journaled
+from ..journal.calls import apply_journaled, close_journal, journaled
 from ..journal.recording import JournalSink
 from ..persistence import load_edits, save_edits
 from ..tuner.attach import attach, check_layer, detach
@@ -123,7 +123,7 @@ def apply_wise_to_model(
                 apply_journaled(stream, edits, on_edit=committed)
     except BaseException:
         if fresh and not n_made:
-            _close_journal(model)
+            close_journal(model)
             detach(model)  # not one edit was made: leave no trace, of loaded edits neither
         raise
     if settings.save_path:
@@ -196,13 +196,6 @@ def wise_config(model: nn.Module, module_name: str, hparams: WISEHyperParams) ->
 
 def _save(model: nn.Module, adapter_name: str, path: str) -> None:
     save_edits(model, path, adapter_name)
-
-
-def _close_journal(model: nn.Module) -> None:
-    for layer in find_wise_layers(model).values():
-        sink = layer.edit_stream.sink if isinstance(layer.edit_stream, EditStream) else None
-        if isinstance(sink, JournalSink):
-            sink.journal.close()
 
 
 def _restore(model: nn.Module, stream: EditStream, before: Snapshot, fresh: bool) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -17,9 +18,10 @@ from ..editing.requests import EditRequest
 from ..editing.stream import EditStream
 from ..editing.trainer import EditOutcome
 from ..hparams import WISEHyperParams
-from ..tuner.attach import attach
+from ..tuner.attach import attach, detach
 from ..tuner.config import WiseConfig
 from ..tuner.memory import MemoryState
+from ..tuner.model import find_wise_layers
 from .database import JournalError, digest_of
 from .entries import NO_CHAIN, CallEntry, EditEntry, SnapshotEntry, request_from
 from .journal import PENDING, STREAM, Journal
@@ -45,11 +47,24 @@ def attached(model: nn.Module, tok: Any, journal: Journal, adapter_name: str | N
         JournalError: no edit was ever asked for, or the journal is damaged.
         ValueError: the layer does not exist, or differs.
     """
-    stream = fresh_stream(model, tok, journal, adapter_name)
-    snapshot, edits = journal.snapshot(), journal.edits()
-    if snapshot is not None:
-        put_into(stream, journal, snapshot, edits)
+    with _no_trace_of_failure(model):
+        stream = fresh_stream(model, tok, journal, adapter_name)
+        snapshot, edits = journal.snapshot(), journal.edits()
+        if snapshot is not None:
+            put_into(stream, journal, snapshot, edits)
     return stream
+
+
+@contextmanager
+def _no_trace_of_failure(model: nn.Module) -> Iterator[None]:
+    """A model that carried no edits before carries none after an error."""
+    fresh = not find_wise_layers(model)
+    try:
+        yield
+    except BaseException:
+        if fresh:
+            detach(model)
+        raise
 
 
 def fresh_stream(model: nn.Module, tok: Any, journal: Journal, adapter_name: str | None = None) -> EditStream:
@@ -232,9 +247,10 @@ def going_on(
     if journal.note("pending") is not None:
         LOG.warning("an edit was about to be taken back when the journal was left: it is held as before.")
         journal.drop_pending()
-    stream = fresh_stream(model, tok, journal, adapter_name)
-    snapshot = journal.snapshot()
-    state_at = rebuild(stream, journal, on_edit=on_edit)
+    with _no_trace_of_failure(model):
+        stream = fresh_stream(model, tok, journal, adapter_name)
+        snapshot = journal.snapshot()
+        state_at = rebuild(stream, journal, on_edit=on_edit)
     if snapshot is not None and differs(stream, snapshot):
         LOG.warning(
             "the open shard's edits came out otherwise than before (another machine, torch, or number of threads?): "

@@ -1,0 +1,50 @@
+"""The command that edits a model without EasyEdit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from .easyedit.apply import apply_wise_to_model
+from .editing.requests import EditRequest
+from .hparams import WISEHyperParams
+from .journal.calls import close_journal
+from .persistence import save_edits
+
+
+def run_edit(
+    requests: Path, model: str, hparams: str, out: Path | None, journal: Path | None, console: Console
+) -> None:
+    """Edit a model; save the edits into a folder, or keep them in a journal, or both.
+
+    Raises:
+        ValueError: neither a folder nor a journal is named, or what is asked for does not fit.
+    """
+    if out is None and journal is None:
+        raise ValueError("the edits would be lost: name a folder for them with --out, or a journal with --journal.")
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file: edits are saved as a folder, so name another path.")
+    settings = WISEHyperParams.from_hparams(hparams)
+    wanted: Any = json.loads(requests.read_text(encoding="utf-8"))
+    if not isinstance(wanted, list) or not wanted:
+        raise ValueError(f"{requests} must hold a non-empty list of requests.")
+    for request in wanted:  # before the model is loaded, which takes its time
+        EditRequest.from_easyedit(request)
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    transformers.utils.logging.set_verbosity_error()
+    base = AutoModelForCausalLM.from_pretrained(model).eval()
+    tok = AutoTokenizer.from_pretrained(model)
+    settings.model_name = model
+    if journal is not None:
+        settings.journal = str(journal)
+    edited, _ = apply_wise_to_model(base, tok, wanted, settings)
+    close_journal(edited)
+    if out is not None:
+        save_edits(edited, out)
+    kept = " and ".join([*([f"saved in {out}"] if out else []), *([f"journaled in {journal}"] if journal else [])])
+    console.print(f"{len(wanted)} edits {kept}.", soft_wrap=True)
