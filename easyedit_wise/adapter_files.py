@@ -81,6 +81,27 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
+def check_numbers(name: str, tensor: torch.Tensor, path: Path) -> None:
+    """Refuse what no edit can have left in a side memory.
+
+    Raises:
+        AdapterFileError: a dW that is not finite or no floating numbers, a mask that is not of bools, a threshold
+            that is NaN, or a negative number of edits.
+    """
+    kind = name.rpartition(".")[2]
+    good = {
+        "delta_weight": lambda: tensor.is_floating_point() and bool(tensor.isfinite().all()),
+        "mask": lambda: tensor.dtype == torch.bool,
+        "epsilon": lambda: tensor.is_floating_point() and not bool(tensor.isnan()),
+        "n_edits": lambda: tensor.dtype == torch.int64 and int(tensor) >= 0,
+    }.get(kind)
+    if good is not None and not good():
+        raise AdapterFileError(
+            f"{path} is damaged: {name} ({str(tensor.dtype).removeprefix('torch.')}) holds what no edit leaves there. "
+            "Take it from a backup or save the edits again."
+        )
+
+
 def read_record(folder: Path, n_memories: int) -> EditsRecord:
     """The list of edits; a folder that PEFT's own ``save_pretrained`` wrote has none."""
     path = folder / EDITS_FILE

@@ -29,6 +29,7 @@ from .adapter_files import (
     WEIGHTS_FILE,
     AdapterFileError,
     EditsRecord,
+    check_numbers,
     encoded,
     read_config,
     read_record,
@@ -36,10 +37,12 @@ from .adapter_files import (
 )
 from .editing.stream import EditStream
 from .hparams import WISEHyperParams
+from .tuner.adapter_tensors import shapes_in, unpacked
 from .tuner.attach import attach, detach
 from .tuner.config import WiseConfig
 from .tuner.layer import WiseLayer
 from .tuner.model import find_wise_layers
+from .tuner.packing import PackingError
 
 # PEFT's checkpoints name modules as seen from the wrapping PeftModel.
 _PEFT_PREFIX = "base_model.model."
@@ -123,10 +126,13 @@ def load_edits(
     with _all_or_nothing(model, adapter_name):
         try:
             layer = attach(model, config, adapter_name)
+            tensors = unpacked(tensors, shapes_in(find_wise_layers(model)))
             _check_tensors(model, tensors, adapter_name, folder)
             set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         except AdapterFileError:
             raise
+        except PackingError as error:
+            raise AdapterFileError(f"{folder / WEIGHTS_FILE} does not fit or is damaged: {error}") from error
         except (ValueError, RuntimeError, TypeError, KeyError) as error:
             raise _misfit(folder, config, str(error)) from error
         layer.edit_stream = _continued_stream(model, tok, hparams or record.settings, layer, adapter_name, record)
@@ -162,10 +168,15 @@ def _edits_record(layer: WiseLayer, layer_name: str, adapter_name: str) -> dict[
 
 
 def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, folder: Path) -> None:
-    """Every tensor that the freshly attached adapter has, in its shape, and no other."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    """Every tensor that the freshly attached adapter has, in its shape and kind of numbers, and no other."""
+    # Without data, since only names and shapes are asked for: nothing is packed then.
+    shapes = {
+        key: value.to("meta") if type(value) in (Tensor, nn.Parameter) else value
+        for key, value in model.state_dict().items()
+    }
+    state = get_peft_model_state_dict(model, state_dict=shapes, adapter_name=adapter_name, save_embedding_layers=False)
     expected = {key.removeprefix(_PEFT_PREFIX): tuple(value.shape) for key, value in state.items()}
-    given = {key.removeprefix(_PEFT_PREFIX): tuple(value.shape) for key, value in tensors.items()}
+    given = {key.removeprefix(_PEFT_PREFIX): value for key, value in tensors.items()}
     unmatched = sorted(expected.keys() ^ given.keys())
     if unmatched:
         raise AdapterFileError(
@@ -173,8 +184,9 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name
             "Take both files from the same save."
         )
     for key, shape in expected.items():
-        if given[key] != shape:
-            raise ValueError(f"{key} has the shape {given[key]}, and this model needs {shape}.")
+        if tuple(given[key].shape) != shape:
+            raise ValueError(f"{key} has the shape {tuple(given[key].shape)}, and this model needs {shape}.")
+        check_numbers(key, given[key], folder / WEIGHTS_FILE)
 
 
 def _misfit(folder: Path, config: WiseConfig, why: str) -> AdapterFileError:

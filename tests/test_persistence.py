@@ -133,9 +133,11 @@ def test_files_are_safetensors_and_json_only(folder: Path) -> None:
     assert sorted(files(folder)) == [CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE]
     tensors = load_file(folder / WEIGHTS_FILE)
     memories = f"base_model.model.{module_name_of(LLAMA)}.wisemem_memories"
-    expected = {f"{memories}.{index}.{name}" for index in range(3) for name in ("delta_weight", "epsilon", "n_edits")}
-    assert set(tensors) == {*expected, f"{memories}.2.mask"}
-    assert tensors[f"{memories}.2.mask"].dtype == torch.bool
+    names = ("delta_weight.values", "epsilon", "n_edits")
+    expected = {f"{memories}.{index}.{name}" for index in range(2) for name in names}
+    live = {f"{memories}.2.{name}" for name in ("delta_weight.values", "delta_weight.bits", "mask.bits")}
+    assert set(tensors) == {*expected, *live, f"{memories}.2.epsilon", f"{memories}.2.n_edits"}
+    assert tensors[f"{memories}.2.mask.bits"].dtype == torch.uint8
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     assert config["peft_type"] == "WISE"
     assert config["memories"] == ["merged", "shard", "live"]
@@ -427,11 +429,11 @@ def damage(folder: Path, how: str) -> str:
         save_file({}, path)
     elif what in ("a tensor is missing", "a tensor too many", "another shape"):
         tensors = load_file(path)
-        key = next(key for key in tensors if key.endswith("1.delta_weight"))
+        key = next(key for key in tensors if key.endswith("1.delta_weight.values"))
         if what == "a tensor is missing":
             del tensors[key]
         elif what == "a tensor too many":
-            tensors[key.replace("delta_weight", "gamma")] = torch.zeros(1)
+            tensors[key.replace("delta_weight.values", "gamma")] = torch.zeros(1)
         else:
             tensors[key] = torch.zeros(32, 63)
             save_file(tensors, path)
@@ -466,7 +468,15 @@ def test_damaged_files_are_named_and_leave_the_model_alone(folder: Path, llama: 
     message = str(error.value)
     assert str(folder) in message
     assert named in message
-    cures = ("save the edits again", "name a folder", "update easyedit_wise", "same save", "Load them onto", "WISE")
+    cures = (
+        "save the edits again",
+        "name a folder",
+        "update easyedit_wise",
+        "same save",
+        "Load them onto",
+        "from a backup",
+        "WISE",
+    )
     assert any(cure in message for cure in cures)
     assert fingerprint(llama) == before
     assert torch.equal(logits(llama, INPUTS), base)
@@ -513,7 +523,7 @@ def test_edits_of_another_size_or_layer_are_refused(
     wide = nn.Linear(64, 48, bias=False)
     model = make_model("llama")
     model.model.layers[1].mlp.down_proj = wide
-    with pytest.raises(AdapterFileError, match=r"do not fit this model.*\(32, 64\), and this model needs \(48, 64\)"):
+    with pytest.raises(AdapterFileError, match=r"does not fit.*another size than this one, \(48, 64\)"):
         load_edits(model, folder)
     assert model.model.layers[1].mlp.down_proj is wide
     assert not find_wise_layers(model)

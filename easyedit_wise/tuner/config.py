@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from peft.config import PeftConfig
 
 from ..routing import POOLINGS
+from .adapter_tensors import check_save_dtype
 
 MEMORY_STAGES = ("live", "shard", "merged")
 
@@ -37,6 +38,7 @@ class WiseConfig(PeftConfig):
             answers that exceeds its own epsilon by the largest factor.
         memories: the stage of each side memory, in order ("live", "shard", "merged"). Kept
             up to date by the layer, so that a saved adapter can be rebuilt before its weights load.
+        save_dtype: what dW is rounded to in files ("float32", "bfloat16", "float16"); in a model it is fp32.
     """
 
     target_modules: list[str] | str | None = field(
@@ -64,6 +66,9 @@ class WiseConfig(PeftConfig):
     memories: list[str] = field(
         default_factory=lambda: ["live"], metadata={"help": "Stage of each side memory, in order."}
     )
+    save_dtype: str = field(
+        default="float32", metadata={"help": "What dW is rounded to in files: float32 (not at all), bfloat16, float16."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,3 +89,4 @@ class WiseConfig(PeftConfig):
             raise ValueError(
                 f"memories holds the stage {unknown[0]!r}: a side memory is one of {', '.join(MEMORY_STAGES)}."
             )
+        check_save_dtype(self.save_dtype)
