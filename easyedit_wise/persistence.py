@@ -104,6 +104,7 @@ def load_edits(
     adapter_name: str = "default",
     tok: Any = None,
     hparams: WISEHyperParams | None = None,
+    any_base: bool = False,
 ) -> WiseLayer:
     """Attach saved edits to a model, in place; edits of the same name that it carries are replaced.
 
@@ -113,6 +114,8 @@ def load_edits(
         adapter_name: the name that the set of edits gets.
         tok: the tokenizer, to continue the stream of edits with; ``apply_wise_to_model`` brings its own.
         hparams: settings to continue with; None takes the saved ones.
+        any_base: load them although the layer's weight is not the one that they were made beside. It has to have the
+            same size. What they say there is not tested by anybody.
 
     Returns:
         The WISE layer.
@@ -122,6 +125,8 @@ def load_edits(
     """
     folder = Path(path)
     config, tensors = read_config(folder), read_tensors(folder)
+    if any_base:
+        config.base_fingerprint = None
     record = read_record(folder, n_memories=len(config.memories))
     with _all_or_nothing(model, adapter_name):
         try:

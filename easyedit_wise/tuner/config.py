@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
 
 from ..routing import POOLINGS
 from .adapter_tensors import check_save_dtype
+from .fingerprint import check_fingerprint
 
 MEMORY_STAGES = ("live", "shard", "merged")
 
@@ -39,6 +41,8 @@ class WiseConfig(PeftConfig):
         memories: the stage of each side memory, in order ("live", "shard", "merged"). Kept
             up to date by the layer, so that a saved adapter can be rebuilt before its weights load.
         save_dtype: what dW is rounded to in files ("float32", "bfloat16", "float16"); in a model it is fp32.
+        base_fingerprint: by what each layer's base weight is known again, by the layer's name (see ``fingerprint``).
+            Filled when the adapter is created; an adapter that has it goes onto that base only. None: onto any.
     """
 
     target_modules: list[str] | str | None = field(
@@ -69,6 +73,9 @@ class WiseConfig(PeftConfig):
     save_dtype: str = field(
         default="float32", metadata={"help": "What dW is rounded to in files: float32 (not at all), bfloat16, float16."}
     )
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "By what the base weight is known again; None: the adapter goes onto any base."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,3 +97,9 @@ class WiseConfig(PeftConfig):
                 f"memories holds the stage {unknown[0]!r}: a side memory is one of {', '.join(MEMORY_STAGES)}."
             )
         check_save_dtype(self.save_dtype)
+        if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):
+            raise ValueError(
+                f"base_fingerprint is {self.base_fingerprint!r}: it is a fingerprint for each layer's name, or None."
+            )
+        for known in (self.base_fingerprint or {}).values():
+            check_fingerprint(known)

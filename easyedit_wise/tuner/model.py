@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -11,9 +12,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from .adapter_tensors import CONTAINER, packed, shapes_in, unpacked
+from .base_check import check_base, take_fingerprints
 from .config import WiseConfig
 from .hooks import install_hooks, remove_hooks
-from .layer import WiseLayer
+from .layer import WiseLayer, find_wise_layers
 from .native_loading import install_loading, remove_loading
 from .scope import RoutingScope
 
@@ -41,6 +43,22 @@ class WiseModel(BaseTuner):
         "qwen2": ["down_proj"],
         "qwen3": ["down_proj"],
     }
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, onto the base that the adapter was made for.
+
+        Raises:
+            ValueError: the configuration has the fingerprint of another base; nothing was changed.
+        """
+        # A copy: the layer writes into it, and the caller may use one configuration for several models.
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        try:
+            check_base(model, config)
+        except ValueError:
+            del self.peft_config[adapter_name]
+            raise
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        take_fingerprints(model, config, adapter_name)
 
     def _create_and_replace(
         self,
@@ -125,11 +143,6 @@ class WiseModel(BaseTuner):
         if found:
             return f"{head}.{CONTAINER}.{tail}"
         return super()._remove_adapter_name_from_key(key, adapter_name)
-
-
-def find_wise_layers(model: nn.Module) -> dict[str, WiseLayer]:
-    """Every WISE layer of a model by its module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, WiseLayer)}
 
 
 def other_tuners(model: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .adapter_tensors import shapes_in, tensor_name, unpacked
-from .layer import WiseLayer
+from .layer import find_wise_layers
 from .packing import PackingError
 
 _METHOD = "_load_pretrained_model"
@@ -48,7 +48,7 @@ def _load(wise_model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         ValueError: parts do not fit (see ``unpacked``), or they are in a file that is no safetensors file.
     """
     load = wise_model.__dict__.get(_BEFORE) or getattr(type(wise_model), _METHOD)
-    layers = {name: module for name, module in wise_model.named_modules() if isinstance(module, WiseLayer)}
+    layers = find_wise_layers(wise_model)
     state = kwargs.get("state_dict")
     if state is None:
         state = _packed_files(kwargs.get("checkpoint_files"))
