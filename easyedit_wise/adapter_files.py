@@ -21,13 +21,13 @@ from torch import Tensor
 from .editing.requests import EditRequest
 from .editing.stream import HeldEdit
 from .hparams import WISEHyperParams
+from .model_card import CARD_FILE
 from .tuner.config import WiseConfig
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 EDITS_FILE = "wise_edits.json"
-# PEFT writes a model card beside its adapters.
-OUR_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE, "README.md"})
+OUR_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE, CARD_FILE})
 FORMAT_VERSION = 1
 
 

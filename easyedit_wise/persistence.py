@@ -37,6 +37,7 @@ from .adapter_files import (
 )
 from .editing.stream import EditStream
 from .hparams import WISEHyperParams
+from .model_card import CARD_FILE, model_card
 from .tuner.adapter_tensors import shapes_in, unpacked
 from .tuner.attach import attach, detach
 from .tuner.config import WiseConfig
@@ -50,19 +51,26 @@ _PEFT_PREFIX = "base_model.model."
 _SWITCHED = ("_active_adapter", "edit_stream", "last_route")
 
 
-def save_edits(model: nn.Module, path: str | Path, adapter_name: str = "default") -> Path:
+def save_edits(
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str = "default",
+    scores: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a model's edits into the folder ``path``; edits that were saved there before are replaced as a whole.
 
     Args:
         model: a model that was edited in place.
         path: the folder.
         adapter_name: which set of edits.
+        scores: results to be shown in the model card, by name: numbers or texts.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model carries no edits of that name, or ``path`` is a file or holds other files.
+        ValueError: the model carries no edits of that name, ``path`` is a file or holds other files, or a score is
+            neither a number nor a text.
     """
     layer_name, layer = _only_layer(model)
     if adapter_name not in layer.wisemem_config:
@@ -91,6 +99,7 @@ def save_edits(model: nn.Module, path: str | Path, adapter_name: str = "default"
         record = _edits_record(layer, layer_name, adapter_name)
         text = json.dumps(record, indent=1, ensure_ascii=False)
         (aside / EDITS_FILE).write_text(text, encoding="utf-8")
+        (aside / CARD_FILE).write_text(model_card(layer_name, layer, adapter_name, scores), encoding="utf-8")
         aside.chmod(0o755)
         _replace_folder(aside, target)
     finally:

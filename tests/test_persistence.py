@@ -46,6 +46,7 @@ from easyedit_wise.tuner.attach import module_name_of
 from easyedit_wise.tuner.model import find_wise_layers
 
 LLAMA = LAYERS["llama"]
+WRITTEN = ["README.md", CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE]
 INPUTS = batch(PROMPTS)
 
 pytestmark = [
@@ -130,7 +131,7 @@ def test_half_precision_models_keep_exact_edits(
 
 
 def test_files_are_safetensors_and_json_only(folder: Path) -> None:
-    assert sorted(files(folder)) == [CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE]
+    assert sorted(files(folder)) == WRITTEN
     tensors = load_file(folder / WEIGHTS_FILE)
     memories = f"base_model.model.{module_name_of(LLAMA)}.wisemem_memories"
     names = ("delta_weight.values", "epsilon", "n_edits")
@@ -184,7 +185,7 @@ def test_an_adapter_that_peft_saved_can_be_loaded(
     assert same_memories(layer.memories("default"), states)
     assert layer.edit_stream is None  # PEFT knows of no stream
     save_edits(model, tmp_path / "peft")  # its README is no obstacle
-    assert sorted(files(tmp_path / "peft")) == [CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE]
+    assert sorted(files(tmp_path / "peft")) == WRITTEN
 
 
 def test_a_wrapped_model_can_be_saved(make_model: Callable[..., Any], tmp_path: Path) -> None:
@@ -234,7 +235,7 @@ def test_the_named_set_of_edits_is_saved(folder: Path, llama: Any, tmp_path: Pat
 
 
 def is_whole(folder: Path) -> bool:
-    return sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE]
+    return sorted(path.name for path in folder.iterdir()) == WRITTEN
 
 
 def edited_llama(make_model: Callable[..., Any], *epsilons: float) -> Any:
