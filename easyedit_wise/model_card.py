@@ -12,12 +12,12 @@ from typing import Any
 
 from torch import nn
 
+from .adapter_format import CARD_FILE
 from .editing.stream import EditStream, HeldEdit
 from .hparams import WISEHyperParams
 from .tuner.config import WiseConfig
 from .tuner.layer import WiseLayer, find_wise_layers
 
-CARD_FILE = "README.md"
 N_SHOWN = 50
 _LONGEST_CELL = 200
 _TAGS = ("wise", "model-editing", "knowledge-editing", "easyedit")

@@ -6,9 +6,7 @@ safetensors and everything else is JSON: nothing is ever unpickled.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,26 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter_files import (
+from .adapter_digests import sealed
+from .adapter_files import EditsRecord, check_numbers, encoded, read_folder, write_tensors
+from .adapter_format import (
+    CARD_FILE,
     CONFIG_FILE,
     EDITS_FILE,
     FORMAT_VERSION,
     OUR_FILES,
+    UNREADABLE,
     WEIGHTS_FILE,
     AdapterFileError,
-    EditsRecord,
-    check_numbers,
-    encoded,
-    read_config,
-    read_record,
-    read_tensors,
 )
 from .editing.stream import EditStream
+from .folders import replace_folder, sync
 from .hparams import WISEHyperParams
-from .model_card import CARD_FILE, model_card
+from .model_card import model_card
 from .tuner.adapter_tensors import shapes_in, unpacked
 from .tuner.attach import attach, detach
 from .tuner.config import WiseConfig
@@ -94,14 +90,14 @@ def save_edits(
     # Written aside and moved into place, so that a crash leaves the old folder or the new one.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(tensors, aside / WEIGHTS_FILE)
         layer.wisemem_config[adapter_name].save_pretrained(str(aside))
-        record = _edits_record(layer, layer_name, adapter_name)
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        (aside / EDITS_FILE).write_text(text, encoding="utf-8")
+        record = sealed(_edits_record(layer, layer_name, adapter_name), aside)
+        (aside / EDITS_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
         (aside / CARD_FILE).write_text(model_card(layer_name, layer, adapter_name, scores), encoding="utf-8")
         aside.chmod(0o755)
-        _replace_folder(aside, target)
+        sync(aside)
+        replace_folder(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Path(path)
@@ -133,21 +129,21 @@ def load_edits(
         AdapterFileError: a file is missing, damaged, or does not fit this model; the model is as before.
     """
     folder = Path(path)
-    config, tensors = read_config(folder), read_tensors(folder)
+    saved = read_folder(folder)
+    config, record = saved.config, saved.record
     if any_base:
         config.base_fingerprint = None
-    record = read_record(folder, n_memories=len(config.memories))
     with _all_or_nothing(model, adapter_name):
         try:
             layer = attach(model, config, adapter_name)
-            tensors = unpacked(tensors, shapes_in(find_wise_layers(model)))
+            tensors = unpacked(saved.tensors, shapes_in(find_wise_layers(model)))
             _check_tensors(model, tensors, adapter_name, folder)
             set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         except AdapterFileError:
             raise
         except PackingError as error:
             raise AdapterFileError(f"{folder / WEIGHTS_FILE} does not fit or is damaged: {error}") from error
-        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        except UNREADABLE as error:
             raise _misfit(folder, config, str(error)) from error
         layer.edit_stream = _continued_stream(model, tok, hparams or record.settings, layer, adapter_name, record)
     return layer
@@ -276,35 +272,3 @@ def _only_layer(model: nn.Module) -> tuple[str, WiseLayer]:
     if not layers:
         raise ValueError("this model carries no edits: edit it first, then save.")
     return next(iter(layers.items()))
-
-
-def _replace_folder(new: Path, target: Path) -> None:
-    """Put ``new`` where ``target`` is, in one step where the system can; ``new`` may hold the old folder then."""
-    if not target.exists():
-        os.replace(new, target)
-        return
-    if _exchange(new, target):
-        return
-    # Two steps elsewhere: for a moment there is no folder of this name, and a failure puts the old one back.
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    try:
-        os.replace(target, old / "old")
-        os.replace(new, target)
-    except BaseException:
-        if (old / "old").exists() and not target.exists():
-            os.replace(old / "old", target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders at once (Linux's renameat2); False where that is not to be had."""
-    at_working_directory, exchange = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(
-        renameat2(at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other), exchange) == 0
-    )

@@ -31,6 +31,7 @@ from tuner_helpers import (
     with_memories,
 )
 
+import easyedit_wise.folders as folders
 import easyedit_wise.persistence as persistence
 from easyedit_wise import (
     AdapterFileError,
@@ -41,6 +42,7 @@ from easyedit_wise import (
     load_edits,
     save_edits,
 )
+from easyedit_wise.adapter_digests import sealed
 from easyedit_wise.persistence import CONFIG_FILE, EDITS_FILE, WEIGHTS_FILE
 from easyedit_wise.tuner.attach import module_name_of
 from easyedit_wise.tuner.model import find_wise_layers
@@ -71,6 +73,16 @@ def files(folder: Path) -> dict[str, bytes]:
 def rewrite(path: Path, **changes: Any) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(values | changes), encoding="utf-8")
+
+
+def reseal(folder: Path) -> None:
+    """Give files that were changed the digests of unchanged ones, as somebody could who wants them to be read."""
+    path = folder / EDITS_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(sealed(record, folder)), encoding="utf-8")
+    except (ValueError, TypeError, AttributeError, OSError):
+        pass  # files that are missing, or no JSON
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -144,7 +156,7 @@ def test_files_are_safetensors_and_json_only(folder: Path) -> None:
     assert config["memories"] == ["merged", "shard", "live"]
     assert config["target_modules"] == [module_name_of(LLAMA)]
     record = json.loads((folder / EDITS_FILE).read_text(encoding="utf-8"))
-    assert record["format_version"] == 1
+    assert record["format_version"] == 2
     assert record["layer"] == module_name_of(LLAMA)
     assert [one["stage"] for one in record["memories"]] == ["merged", "shard", "live"]
     # Nothing temporary is left beside the folder, and others may read what is in it.
@@ -261,11 +273,11 @@ def test_overwriting_replaces_the_folder_as_a_whole(
 
         return changed
 
-    if persistence._exchange(folder, folder):  # Linux: the swap is one step
-        monkeypatch.setattr(persistence, "_exchange", watched(persistence._exchange))
+    if folders.exchange(folder, folder):  # Linux: the swap is one step
+        monkeypatch.setattr(folders, "exchange", watched(folders.exchange))
         monkeypatch.setattr(os, "replace", watched(os.replace))
     monkeypatch.setattr(shutil, "rmtree", watched(shutil.rmtree))
-    monkeypatch.setattr(persistence, "save_file", watched(save_file))
+    monkeypatch.setattr(persistence, "write_tensors", watched(persistence.write_tensors))
     model = edited_llama(make_model, 1.0, 2.0)
     save_edits(model, folder)
     assert states[0] is True
@@ -277,7 +289,7 @@ def test_overwriting_replaces_the_folder_as_a_whole(
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two steps"])
-@pytest.mark.parametrize("failing", ["save_file", "_exchange", "os.replace 1", "os.replace 2"])
+@pytest.mark.parametrize("failing", ["write_tensors", "exchange", "os.replace 1", "os.replace 2"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_a_failure_while_saving_leaves_the_old_folder(
     folder: Path,
@@ -301,9 +313,11 @@ def test_a_failure_while_saving_leaves_the_old_folder(
         real_replace(*args)
 
     if not exchange:
-        monkeypatch.setattr(persistence, "_exchange", lambda *_: False)
-    if failing in ("save_file", "_exchange"):
+        monkeypatch.setattr(folders, "exchange", lambda *_: False)
+    if failing == "write_tensors":
         monkeypatch.setattr(persistence, failing, fail)
+    if failing == "exchange":
+        monkeypatch.setattr(folders, failing, fail)
     monkeypatch.setattr(os, "replace", replace)
     model = edited_llama(make_model, 1.0)
     if exchange and failing.startswith("os.replace"):
@@ -319,7 +333,7 @@ def test_a_failure_while_saving_leaves_the_old_folder(
 def test_saving_in_two_steps_works_as_well(
     folder: Path, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(persistence, "_exchange", lambda *_: False)
+    monkeypatch.setattr(folders, "exchange", lambda *_: False)
     save_edits(edited_llama(make_model, 1.0, 2.0), folder)
     assert is_whole(folder)
     assert len(json.loads((folder / EDITS_FILE).read_text(encoding="utf-8"))["memories"]) == 2
@@ -390,7 +404,6 @@ def damage(folder: Path, how: str) -> str:
         rewrite(path, mask_ratio="much")
     elif what == "a bad seed":
         rewrite(path, seed="many")
-        return "manual_seed"
     elif what == "a bad stage":
         rewrite(path, memories=["merged", "shard", "melted"])
     elif what == "no stages":
@@ -411,7 +424,7 @@ def damage(folder: Path, how: str) -> str:
         rewrite(path, target_modules=["down_proj"])
         return "3 match"
     elif what == "a newer format":
-        rewrite(path, format_version=2)
+        rewrite(path, format_version=3)
     elif what == "settings of a later version":
         rewrite(path, settings={"inner_params": [LLAMA], "telepathy": True})
     elif what == "an edit without a prompt":
@@ -460,9 +473,14 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.parametrize("resealed", [True, False], ids=["resealed", "as it is"])
 @pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_files_are_named_and_leave_the_model_alone(folder: Path, llama: Any, how: str) -> None:
+def test_damaged_files_are_named_and_leave_the_model_alone(folder: Path, llama: Any, how: str, resealed: bool) -> None:
     named = damage(folder, how)
+    if resealed:
+        reseal(folder)
+    else:
+        named = how.split(": ")[0].replace("weights", "model")
     base, before = logits(llama, INPUTS), fingerprint(llama)
     with pytest.raises(AdapterFileError) as error:
         load_edits(llama, folder)

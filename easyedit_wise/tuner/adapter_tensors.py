@@ -32,6 +32,12 @@ def tensor_name(key: str) -> str:
     return key if match is None or match["part"] is None else key.rpartition(".")[0]
 
 
+def memory_names(state: Mapping[str, Tensor]) -> set[str]:
+    """The names of the side memories that a file has any dW of."""
+    matches = (_KEY.fullmatch(key) for key in state)
+    return {f"{one['layer']}.{one['memory']}" for one in matches if one is not None and one["name"] == _DELTA_WEIGHT}
+
+
 def packed(state: Mapping[str, Tensor], save_dtype: str) -> dict[str, Tensor]:
     """What is written of these tensors.
 

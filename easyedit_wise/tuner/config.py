@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft.config import PeftConfig
+from transformers.activations import ACT2FN
 
 from ..routing import POOLINGS
 from .adapter_tensors import check_save_dtype
@@ -84,6 +85,7 @@ class WiseConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]  # likewise
+        self._check_kinds()
         if not 0.0 < self.mask_ratio <= 1.0:
             raise ValueError(
                 f"mask_ratio (rho) is {self.mask_ratio}, outside (0, 1]: it is the share of the side memory that one "
@@ -103,3 +105,35 @@ class WiseConfig(PeftConfig):
             )
         for known in (self.base_fingerprint or {}).values():
             check_fingerprint(known)
+
+    def _check_kinds(self) -> None:
+        """A configuration may come from any file, and what is of another kind would fail in the middle of something."""
+        number = isinstance(self.mask_ratio, (int, float)) and not isinstance(self.mask_ratio, bool)
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool) and -(2**63) <= self.seed < 2**64
+        wrong = {
+            "mask_ratio": (not number, "a number"),
+            "seed": (not whole, "a whole number of at most 64 bits"),
+            "pooling": (not isinstance(self.pooling, str), "a text"),
+            "save_dtype": (not isinstance(self.save_dtype, str), "a text"),
+            "relative_scores": (not isinstance(self.relative_scores, bool), "true or false"),
+            "memories": (not _are_texts(self.memories), "a list of texts"),
+            "modules_to_save": (
+                not (self.modules_to_save is None or _are_texts(self.modules_to_save)),
+                "texts or None",
+            ),
+            "score_activation": (
+                not (self.score_activation is None or _is_activation(self.score_activation)),
+                "None or the name of an activation function of transformers",
+            ),
+        }
+        for name, (is_wrong, kind) in wrong.items():
+            if is_wrong:
+                raise ValueError(f"{name} is {str(getattr(self, name))[:80]!r}: it must be {kind}.")
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, (list, tuple, set)) and all(isinstance(value, str) and value for value in values)
+
+
+def _is_activation(name: Any) -> bool:
+    return isinstance(name, str) and name in ACT2FN
