@@ -136,7 +136,8 @@ def _edits(held: Sequence[HeldEdit]) -> Iterable[str]:
     if not held:
         yield "The list of edits was not kept with this adapter."
         return
-    yield f"{len(held)} edits" + (f", the first {N_SHOWN} of them:" if len(held) > N_SHOWN else ":")
+    count = "1 edit" if len(held) == 1 else f"{len(held)} edits"
+    yield count + (f", the first {N_SHOWN} of them:" if len(held) > N_SHOWN else ":")
     rows = [(edit.memory, edit.request.prompt, edit.request.target) for edit in held[:N_SHOWN]]
     yield _table(("memory", "prompt", "answer"), rows)
 
