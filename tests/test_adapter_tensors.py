@@ -150,7 +150,8 @@ def test_every_way_to_save_packs_and_every_way_to_load_unpacks(
 ) -> None:
     states = sparse_states()
     folder = tmp_path / "adapter"
-    save(AutoModelForCausalLM.from_pretrained(base), states, folder, save_dtype=save_dtype, task_type="CAUSAL_LM")
+    names = {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(base)}
+    save(AutoModelForCausalLM.from_pretrained(base), states, folder, save_dtype=save_dtype, **names)
     tensors = load_file(folder / WEIGHTS)
     assert {key.rpartition(".")[2] for key in tensors} == {
         "values",
@@ -162,10 +163,6 @@ def test_every_way_to_save_packs_and_every_way_to_load_unpacks(
     }
     assert tensors[f"{MEMORIES}.2.delta_weight.masked"].dtype == getattr(torch, save_dtype)
 
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config["base_model_name_or_path"] is None:  # in place there is no name, and these two need it
-        config["base_model_name_or_path"] = str(base)
-        (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     recwarn.clear()
     with caplog.at_level(logging.WARNING):
         model = load(AutoModelForCausalLM.from_pretrained(base), folder, base).eval()
@@ -194,6 +191,8 @@ def test_a_file_of_the_unpacked_format_is_read(base: Path, tmp_path: Path) -> No
     assert f"{MEMORIES}.0.delta_weight" in unpacked_file
     assert unpacked_file[f"{MEMORIES}.2.mask"].dtype == torch.bool
     save_file(unpacked_file, tmp_path / "adapter" / WEIGHTS)
+    record = {"format_version": 1, "method": "WISE", "edits": [], "settings": None, "generator": None}
+    (tmp_path / "adapter" / "wise_edits.json").write_text(json.dumps(record), encoding="utf-8")
     for load in LOADED:
         loaded = load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", base)
         assert same_memories(only_layer(loaded).memories("default"), states), load.__name__
