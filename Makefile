@@ -9,12 +9,13 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-fast lint bench bench-full format clean
+.PHONY: help install demo test test-fast soak lint bench bench-full format clean
 
 help:
 	@echo "make demo       edit a dozen facts into SmolLM2-135M through EasyEdit (2 to 4 minutes)"
 	@echo "make test       all tests, the real model's too"
 	@echo "make test-fast  all tests but the slow ones"
+	@echo "make soak       thousands of damaged adapter files (some minutes; SOAK_MUTATIONS=2000 of each kind)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the four benchmarks, short (8 to 10 minutes; EASYEDIT_HOME=... adds EasyEdit's own WISE)"
 	@echo "make bench-full the same in full (about an hour)"
@@ -44,6 +45,9 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -m "not slow"
+
+soak: $(READY)
+	$(BIN)/python -m pytest --soak -m soak
 
 lint: $(READY)
 	$(BIN)/ruff check .

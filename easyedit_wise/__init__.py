@@ -12,6 +12,7 @@ from .editing.stream import EditStream
 from .editing.trainer import EditDivergedError
 from .hparams import WISEHyperParams, packaged_hparams
 from .merging import MERGE_METHODS, merge
+from .model_card import write_model_card
 from .persistence import AdapterFileError, load_edits, save_edits
 from .sharding import random_mask
 from .tuner import Route, WiseConfig, WiseLayer, WiseModel, register_with_peft
@@ -36,6 +37,7 @@ __all__ = [
     "save_edits",
     "load_edits",
     "AdapterFileError",
+    "write_model_card",
     "edits_disabled",
     "last_route",
     # the PEFT tuner

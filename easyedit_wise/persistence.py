@@ -6,9 +6,7 @@ safetensors and everything else is JSON: nothing is ever unpickled.
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -18,28 +16,30 @@ from pathlib import Path
 from typing import Any
 
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter_files import (
+from .adapter_digests import sealed
+from .adapter_files import EditsRecord, check_numbers, encoded, read_folder, write_tensors
+from .adapter_format import (
+    CARD_FILE,
     CONFIG_FILE,
     EDITS_FILE,
     FORMAT_VERSION,
     OUR_FILES,
+    UNREADABLE,
     WEIGHTS_FILE,
     AdapterFileError,
-    EditsRecord,
-    encoded,
-    read_config,
-    read_record,
-    read_tensors,
 )
 from .editing.stream import EditStream
+from .folders import replace_folder, sync
 from .hparams import WISEHyperParams
+from .model_card import model_card
+from .tuner.adapter_tensors import shapes_in, unpacked
 from .tuner.attach import attach, detach
 from .tuner.config import WiseConfig
 from .tuner.layer import WiseLayer
 from .tuner.model import find_wise_layers
+from .tuner.packing import PackingError
 
 # PEFT's checkpoints name modules as seen from the wrapping PeftModel.
 _PEFT_PREFIX = "base_model.model."
@@ -47,19 +47,26 @@ _PEFT_PREFIX = "base_model.model."
 _SWITCHED = ("_active_adapter", "edit_stream", "last_route")
 
 
-def save_edits(model: nn.Module, path: str | Path, adapter_name: str = "default") -> Path:
+def save_edits(
+    model: nn.Module,
+    path: str | Path,
+    adapter_name: str = "default",
+    scores: Mapping[str, Any] | None = None,
+) -> Path:
     """Write a model's edits into the folder ``path``; edits that were saved there before are replaced as a whole.
 
     Args:
         model: a model that was edited in place.
         path: the folder.
         adapter_name: which set of edits.
+        scores: results to be shown in the model card, by name: numbers or texts.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model carries no edits of that name, or ``path`` is a file or holds other files.
+        ValueError: the model carries no edits of that name, ``path`` is a file or holds other files, or a score is
+            neither a number nor a text.
     """
     layer_name, layer = _only_layer(model)
     if adapter_name not in layer.wisemem_config:
@@ -83,13 +90,14 @@ def save_edits(model: nn.Module, path: str | Path, adapter_name: str = "default"
     # Written aside and moved into place, so that a crash leaves the old folder or the new one.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        save_file(tensors, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_tensors(tensors, aside / WEIGHTS_FILE)
         layer.wisemem_config[adapter_name].save_pretrained(str(aside))
-        record = _edits_record(layer, layer_name, adapter_name)
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        (aside / EDITS_FILE).write_text(text, encoding="utf-8")
+        record = sealed(_edits_record(layer, layer_name, adapter_name), aside)
+        (aside / EDITS_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+        (aside / CARD_FILE).write_text(model_card(layer_name, layer, adapter_name, scores), encoding="utf-8")
         aside.chmod(0o755)
-        _replace_folder(aside, target)
+        sync(aside)
+        replace_folder(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Path(path)
@@ -101,6 +109,7 @@ def load_edits(
     adapter_name: str = "default",
     tok: Any = None,
     hparams: WISEHyperParams | None = None,
+    any_base: bool = False,
 ) -> WiseLayer:
     """Attach saved edits to a model, in place; edits of the same name that it carries are replaced.
 
@@ -110,6 +119,8 @@ def load_edits(
         adapter_name: the name that the set of edits gets.
         tok: the tokenizer, to continue the stream of edits with; ``apply_wise_to_model`` brings its own.
         hparams: settings to continue with; None takes the saved ones.
+        any_base: load them although the layer's weight is not the one that they were made beside. It has to have the
+            same size. What they say there is not tested by anybody.
 
     Returns:
         The WISE layer.
@@ -118,16 +129,21 @@ def load_edits(
         AdapterFileError: a file is missing, damaged, or does not fit this model; the model is as before.
     """
     folder = Path(path)
-    config, tensors = read_config(folder), read_tensors(folder)
-    record = read_record(folder, n_memories=len(config.memories))
+    saved = read_folder(folder)
+    config, record = saved.config, saved.record
+    if any_base:
+        config.base_fingerprint = None
     with _all_or_nothing(model, adapter_name):
         try:
             layer = attach(model, config, adapter_name)
+            tensors = unpacked(saved.tensors, shapes_in(find_wise_layers(model)))
             _check_tensors(model, tensors, adapter_name, folder)
             set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         except AdapterFileError:
             raise
-        except (ValueError, RuntimeError, TypeError, KeyError) as error:
+        except PackingError as error:
+            raise AdapterFileError(f"{folder / WEIGHTS_FILE} does not fit or is damaged: {error}") from error
+        except UNREADABLE as error:
             raise _misfit(folder, config, str(error)) from error
         layer.edit_stream = _continued_stream(model, tok, hparams or record.settings, layer, adapter_name, record)
     return layer
@@ -162,10 +178,15 @@ def _edits_record(layer: WiseLayer, layer_name: str, adapter_name: str) -> dict[
 
 
 def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str, folder: Path) -> None:
-    """Every tensor that the freshly attached adapter has, in its shape, and no other."""
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    """Every tensor that the freshly attached adapter has, in its shape and kind of numbers, and no other."""
+    # Without data, since only names and shapes are asked for: nothing is packed then.
+    shapes = {
+        key: value.to("meta") if type(value) in (Tensor, nn.Parameter) else value
+        for key, value in model.state_dict().items()
+    }
+    state = get_peft_model_state_dict(model, state_dict=shapes, adapter_name=adapter_name, save_embedding_layers=False)
     expected = {key.removeprefix(_PEFT_PREFIX): tuple(value.shape) for key, value in state.items()}
-    given = {key.removeprefix(_PEFT_PREFIX): tuple(value.shape) for key, value in tensors.items()}
+    given = {key.removeprefix(_PEFT_PREFIX): value for key, value in tensors.items()}
     unmatched = sorted(expected.keys() ^ given.keys())
     if unmatched:
         raise AdapterFileError(
@@ -173,8 +194,9 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name
             "Take both files from the same save."
         )
     for key, shape in expected.items():
-        if given[key] != shape:
-            raise ValueError(f"{key} has the shape {given[key]}, and this model needs {shape}.")
+        if tuple(given[key].shape) != shape:
+            raise ValueError(f"{key} has the shape {tuple(given[key].shape)}, and this model needs {shape}.")
+        check_numbers(key, given[key], folder / WEIGHTS_FILE)
 
 
 def _misfit(folder: Path, config: WiseConfig, why: str) -> AdapterFileError:
@@ -250,35 +272,3 @@ def _only_layer(model: nn.Module) -> tuple[str, WiseLayer]:
     if not layers:
         raise ValueError("this model carries no edits: edit it first, then save.")
     return next(iter(layers.items()))
-
-
-def _replace_folder(new: Path, target: Path) -> None:
-    """Put ``new`` where ``target`` is, in one step where the system can; ``new`` may hold the old folder then."""
-    if not target.exists():
-        os.replace(new, target)
-        return
-    if _exchange(new, target):
-        return
-    # Two steps elsewhere: for a moment there is no folder of this name, and a failure puts the old one back.
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-    try:
-        os.replace(target, old / "old")
-        os.replace(new, target)
-    except BaseException:
-        if (old / "old").exists() and not target.exists():
-            os.replace(old / "old", target)
-        raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders at once (Linux's renameat2); False where that is not to be had."""
-    at_working_directory, exchange = -100, 2
-    try:
-        renameat2 = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    return bool(
-        renameat2(at_working_directory, os.fsencode(one), at_working_directory, os.fsencode(other), exchange) == 0
-    )

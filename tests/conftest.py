@@ -99,6 +99,20 @@ def build_model(architecture: str, seed: int = 0, n_layers: int = 3) -> Any:
     return model.eval()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="also run the tests that are marked soak (make soak)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # Not by "-m" in the settings: one on the command line, as in "make test-fast", would replace it.
+    if config.getoption("--soak"):
+        return
+    skipped = pytest.mark.skip(reason="takes minutes: make soak, or pytest --soak")
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(skipped)
+
+
 @pytest.fixture(scope="session")
 def tok() -> PreTrainedTokenizerFast:
     return build_tokenizer()

@@ -31,6 +31,7 @@ from tuner_helpers import (
     with_memories,
 )
 
+import easyedit_wise.folders as folders
 import easyedit_wise.persistence as persistence
 from easyedit_wise import (
     AdapterFileError,
@@ -41,11 +42,13 @@ from easyedit_wise import (
     load_edits,
     save_edits,
 )
+from easyedit_wise.adapter_digests import sealed
 from easyedit_wise.persistence import CONFIG_FILE, EDITS_FILE, WEIGHTS_FILE
 from easyedit_wise.tuner.attach import module_name_of
 from easyedit_wise.tuner.model import find_wise_layers
 
 LLAMA = LAYERS["llama"]
+WRITTEN = ["README.md", CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE]
 INPUTS = batch(PROMPTS)
 
 pytestmark = [
@@ -70,6 +73,16 @@ def files(folder: Path) -> dict[str, bytes]:
 def rewrite(path: Path, **changes: Any) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(values | changes), encoding="utf-8")
+
+
+def reseal(folder: Path) -> None:
+    """Give files that were changed the digests of unchanged ones, as somebody could who wants them to be read."""
+    path = folder / EDITS_FILE
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(sealed(record, folder)), encoding="utf-8")
+    except (ValueError, TypeError, AttributeError, OSError):
+        pass  # files that are missing, or no JSON
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -130,18 +143,20 @@ def test_half_precision_models_keep_exact_edits(
 
 
 def test_files_are_safetensors_and_json_only(folder: Path) -> None:
-    assert sorted(files(folder)) == [CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE]
+    assert sorted(files(folder)) == WRITTEN
     tensors = load_file(folder / WEIGHTS_FILE)
     memories = f"base_model.model.{module_name_of(LLAMA)}.wisemem_memories"
-    expected = {f"{memories}.{index}.{name}" for index in range(3) for name in ("delta_weight", "epsilon", "n_edits")}
-    assert set(tensors) == {*expected, f"{memories}.2.mask"}
-    assert tensors[f"{memories}.2.mask"].dtype == torch.bool
+    names = ("delta_weight.values", "epsilon", "n_edits")
+    expected = {f"{memories}.{index}.{name}" for index in range(2) for name in names}
+    live = {f"{memories}.2.{name}" for name in ("delta_weight.values", "delta_weight.bits", "mask.bits")}
+    assert set(tensors) == {*expected, *live, f"{memories}.2.epsilon", f"{memories}.2.n_edits"}
+    assert tensors[f"{memories}.2.mask.bits"].dtype == torch.uint8
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     assert config["peft_type"] == "WISE"
     assert config["memories"] == ["merged", "shard", "live"]
     assert config["target_modules"] == [module_name_of(LLAMA)]
     record = json.loads((folder / EDITS_FILE).read_text(encoding="utf-8"))
-    assert record["format_version"] == 1
+    assert record["format_version"] == 2
     assert record["layer"] == module_name_of(LLAMA)
     assert [one["stage"] for one in record["memories"]] == ["merged", "shard", "live"]
     # Nothing temporary is left beside the folder, and others may read what is in it.
@@ -182,7 +197,7 @@ def test_an_adapter_that_peft_saved_can_be_loaded(
     assert same_memories(layer.memories("default"), states)
     assert layer.edit_stream is None  # PEFT knows of no stream
     save_edits(model, tmp_path / "peft")  # its README is no obstacle
-    assert sorted(files(tmp_path / "peft")) == [CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE]
+    assert sorted(files(tmp_path / "peft")) == WRITTEN
 
 
 def test_a_wrapped_model_can_be_saved(make_model: Callable[..., Any], tmp_path: Path) -> None:
@@ -232,7 +247,7 @@ def test_the_named_set_of_edits_is_saved(folder: Path, llama: Any, tmp_path: Pat
 
 
 def is_whole(folder: Path) -> bool:
-    return sorted(path.name for path in folder.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE]
+    return sorted(path.name for path in folder.iterdir()) == WRITTEN
 
 
 def edited_llama(make_model: Callable[..., Any], *epsilons: float) -> Any:
@@ -258,11 +273,11 @@ def test_overwriting_replaces_the_folder_as_a_whole(
 
         return changed
 
-    if persistence._exchange(folder, folder):  # Linux: the swap is one step
-        monkeypatch.setattr(persistence, "_exchange", watched(persistence._exchange))
+    if folders.exchange(folder, folder):  # Linux: the swap is one step
+        monkeypatch.setattr(folders, "exchange", watched(folders.exchange))
         monkeypatch.setattr(os, "replace", watched(os.replace))
     monkeypatch.setattr(shutil, "rmtree", watched(shutil.rmtree))
-    monkeypatch.setattr(persistence, "save_file", watched(save_file))
+    monkeypatch.setattr(persistence, "write_tensors", watched(persistence.write_tensors))
     model = edited_llama(make_model, 1.0, 2.0)
     save_edits(model, folder)
     assert states[0] is True
@@ -274,7 +289,7 @@ def test_overwriting_replaces_the_folder_as_a_whole(
 
 
 @pytest.mark.parametrize("exchange", [True, False], ids=["in one step", "in two steps"])
-@pytest.mark.parametrize("failing", ["save_file", "_exchange", "os.replace 1", "os.replace 2"])
+@pytest.mark.parametrize("failing", ["write_tensors", "exchange", "os.replace 1", "os.replace 2"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_a_failure_while_saving_leaves_the_old_folder(
     folder: Path,
@@ -298,9 +313,11 @@ def test_a_failure_while_saving_leaves_the_old_folder(
         real_replace(*args)
 
     if not exchange:
-        monkeypatch.setattr(persistence, "_exchange", lambda *_: False)
-    if failing in ("save_file", "_exchange"):
+        monkeypatch.setattr(folders, "exchange", lambda *_: False)
+    if failing == "write_tensors":
         monkeypatch.setattr(persistence, failing, fail)
+    if failing == "exchange":
+        monkeypatch.setattr(folders, failing, fail)
     monkeypatch.setattr(os, "replace", replace)
     model = edited_llama(make_model, 1.0)
     if exchange and failing.startswith("os.replace"):
@@ -316,7 +333,7 @@ def test_a_failure_while_saving_leaves_the_old_folder(
 def test_saving_in_two_steps_works_as_well(
     folder: Path, make_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(persistence, "_exchange", lambda *_: False)
+    monkeypatch.setattr(folders, "exchange", lambda *_: False)
     save_edits(edited_llama(make_model, 1.0, 2.0), folder)
     assert is_whole(folder)
     assert len(json.loads((folder / EDITS_FILE).read_text(encoding="utf-8"))["memories"]) == 2
@@ -387,7 +404,6 @@ def damage(folder: Path, how: str) -> str:
         rewrite(path, mask_ratio="much")
     elif what == "a bad seed":
         rewrite(path, seed="many")
-        return "manual_seed"
     elif what == "a bad stage":
         rewrite(path, memories=["merged", "shard", "melted"])
     elif what == "no stages":
@@ -408,7 +424,7 @@ def damage(folder: Path, how: str) -> str:
         rewrite(path, target_modules=["down_proj"])
         return "3 match"
     elif what == "a newer format":
-        rewrite(path, format_version=2)
+        rewrite(path, format_version=3)
     elif what == "settings of a later version":
         rewrite(path, settings={"inner_params": [LLAMA], "telepathy": True})
     elif what == "an edit without a prompt":
@@ -427,11 +443,11 @@ def damage(folder: Path, how: str) -> str:
         save_file({}, path)
     elif what in ("a tensor is missing", "a tensor too many", "another shape"):
         tensors = load_file(path)
-        key = next(key for key in tensors if key.endswith("1.delta_weight"))
+        key = next(key for key in tensors if key.endswith("1.delta_weight.values"))
         if what == "a tensor is missing":
             del tensors[key]
         elif what == "a tensor too many":
-            tensors[key.replace("delta_weight", "gamma")] = torch.zeros(1)
+            tensors[key.replace("delta_weight.values", "gamma")] = torch.zeros(1)
         else:
             tensors[key] = torch.zeros(32, 63)
             save_file(tensors, path)
@@ -457,16 +473,29 @@ DAMAGES = [
 ]
 
 
+@pytest.mark.parametrize("resealed", [True, False], ids=["resealed", "as it is"])
 @pytest.mark.parametrize("how", DAMAGES)
-def test_damaged_files_are_named_and_leave_the_model_alone(folder: Path, llama: Any, how: str) -> None:
+def test_damaged_files_are_named_and_leave_the_model_alone(folder: Path, llama: Any, how: str, resealed: bool) -> None:
     named = damage(folder, how)
+    if resealed:
+        reseal(folder)
+    else:
+        named = how.split(": ")[0].replace("weights", "model")
     base, before = logits(llama, INPUTS), fingerprint(llama)
     with pytest.raises(AdapterFileError) as error:
         load_edits(llama, folder)
     message = str(error.value)
     assert str(folder) in message
     assert named in message
-    cures = ("save the edits again", "name a folder", "update easyedit_wise", "same save", "Load them onto", "WISE")
+    cures = (
+        "save the edits again",
+        "name a folder",
+        "update easyedit_wise",
+        "same save",
+        "Load them onto",
+        "from a backup",
+        "WISE",
+    )
     assert any(cure in message for cure in cures)
     assert fingerprint(llama) == before
     assert torch.equal(logits(llama, INPUTS), base)
@@ -513,7 +542,7 @@ def test_edits_of_another_size_or_layer_are_refused(
     wide = nn.Linear(64, 48, bias=False)
     model = make_model("llama")
     model.model.layers[1].mlp.down_proj = wide
-    with pytest.raises(AdapterFileError, match=r"do not fit this model.*\(32, 64\), and this model needs \(48, 64\)"):
+    with pytest.raises(AdapterFileError, match=r"do not fit this model.*\(32, 64\).*and this model needs \(48, 64\)"):
         load_edits(model, folder)
     assert model.model.layers[1].mlp.down_proj is wide
     assert not find_wise_layers(model)

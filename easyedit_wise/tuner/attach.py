@@ -15,6 +15,7 @@ from .config import WiseConfig
 from .hooks import remove_hooks
 from .layer import WiseLayer, linear_map_shape
 from .model import find_wise_layers, other_tuners
+from .native_loading import remove_loading
 from .registration import register_with_peft
 
 _TRAINABLE = "_wise_trainable_before"
@@ -153,6 +154,7 @@ def detach(model: nn.Module) -> None:
         parent_name, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent_name), child, layer.base_layer)
     remove_hooks(model)
+    remove_loading(model)
     if isinstance(getattr(model, "peft_config", None), dict):
         del model.peft_config
     model.__dict__.pop(_TRANSFORMERS_FLAG, None)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft.config import PeftConfig
+from transformers.activations import ACT2FN
 
 from ..routing import POOLINGS
+from .adapter_tensors import check_save_dtype
+from .fingerprint import check_fingerprint
 
 MEMORY_STAGES = ("live", "shard", "merged")
 
@@ -37,6 +41,9 @@ class WiseConfig(PeftConfig):
             answers that exceeds its own epsilon by the largest factor.
         memories: the stage of each side memory, in order ("live", "shard", "merged"). Kept
             up to date by the layer, so that a saved adapter can be rebuilt before its weights load.
+        save_dtype: what dW is rounded to in files ("float32", "bfloat16", "float16"); in a model it is fp32.
+        base_fingerprint: by what each layer's base weight is known again, by the layer's name (see ``fingerprint``).
+            Filled when the adapter is created; an adapter that has it goes onto that base only. None: onto any.
     """
 
     target_modules: list[str] | str | None = field(
@@ -64,6 +71,12 @@ class WiseConfig(PeftConfig):
     memories: list[str] = field(
         default_factory=lambda: ["live"], metadata={"help": "Stage of each side memory, in order."}
     )
+    save_dtype: str = field(
+        default="float32", metadata={"help": "What dW is rounded to in files: float32 (not at all), bfloat16, float16."}
+    )
+    base_fingerprint: dict[str, Any] | None = field(
+        default=None, metadata={"help": "By what the base weight is known again; None: the adapter goes onto any base."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,6 +85,7 @@ class WiseConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT's own convention
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]  # likewise
+        self._check_kinds()
         if not 0.0 < self.mask_ratio <= 1.0:
             raise ValueError(
                 f"mask_ratio (rho) is {self.mask_ratio}, outside (0, 1]: it is the share of the side memory that one "
@@ -84,3 +98,42 @@ class WiseConfig(PeftConfig):
             raise ValueError(
                 f"memories holds the stage {unknown[0]!r}: a side memory is one of {', '.join(MEMORY_STAGES)}."
             )
+        check_save_dtype(self.save_dtype)
+        if self.base_fingerprint is not None and not isinstance(self.base_fingerprint, dict):
+            raise ValueError(
+                f"base_fingerprint is {self.base_fingerprint!r}: it is a fingerprint for each layer's name, or None."
+            )
+        for known in (self.base_fingerprint or {}).values():
+            check_fingerprint(known)
+
+    def _check_kinds(self) -> None:
+        """A configuration may come from any file, and what is of another kind would fail in the middle of something."""
+        number = isinstance(self.mask_ratio, (int, float)) and not isinstance(self.mask_ratio, bool)
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool) and -(2**63) <= self.seed < 2**64
+        wrong = {
+            "mask_ratio": (not number, "a number"),
+            "seed": (not whole, "a whole number of at most 64 bits"),
+            "pooling": (not isinstance(self.pooling, str), "a text"),
+            "save_dtype": (not isinstance(self.save_dtype, str), "a text"),
+            "relative_scores": (not isinstance(self.relative_scores, bool), "true or false"),
+            "memories": (not _are_texts(self.memories), "a list of texts"),
+            "modules_to_save": (
+                not (self.modules_to_save is None or _are_texts(self.modules_to_save)),
+                "texts or None",
+            ),
+            "score_activation": (
+                not (self.score_activation is None or _is_activation(self.score_activation)),
+                "None or the name of an activation function of transformers",
+            ),
+        }
+        for name, (is_wrong, kind) in wrong.items():
+            if is_wrong:
+                raise ValueError(f"{name} is {str(getattr(self, name))[:80]!r}: it must be {kind}.")
+
+
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, (list, tuple, set)) and all(isinstance(value, str) and value for value in values)
+
+
+def _is_activation(name: Any) -> bool:
+    return isinstance(name, str) and name in ACT2FN

@@ -210,6 +210,11 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         return "wise." + super().__repr__()
 
 
+def find_wise_layers(model: nn.Module) -> dict[str, WiseLayer]:
+    """Every WISE layer of a model by its module name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, WiseLayer)}
+
+
 def linear_map_shape(module: nn.Module) -> tuple[int, int] | None:
     """(d_in, d_out) of a linear map, quantised ones too; None for everything else."""
     if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, nn.MultiheadAttention)):
@@ -220,4 +225,4 @@ def linear_map_shape(module: nn.Module) -> tuple[int, int] | None:
     return None if d_in is None or d_out is None else (d_in, d_out)
 
 
-__all__ = ["MAIN_MEMORY", "MemoryState", "SideMemory", "WiseLayer", "linear_map_shape"]
+__all__ = ["MAIN_MEMORY", "MemoryState", "SideMemory", "WiseLayer", "find_wise_layers", "linear_map_shape"]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
+from .adapter_tensors import CONTAINER, packed, shapes_in, unpacked
+from .base_check import check_base, take_fingerprints
 from .config import WiseConfig
 from .hooks import install_hooks, remove_hooks
-from .layer import WiseLayer
+from .layer import WiseLayer, find_wise_layers
+from .native_loading import install_loading, remove_loading
 from .scope import RoutingScope
-
-_CONTAINER = "wisemem_memories"
 
 
 class WiseModel(BaseTuner):
@@ -41,6 +43,22 @@ class WiseModel(BaseTuner):
         "qwen2": ["down_proj"],
         "qwen3": ["down_proj"],
     }
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, onto the base that the adapter was made for.
+
+        Raises:
+            ValueError: the configuration has the fingerprint of another base; nothing was changed.
+        """
+        # A copy: the layer writes into it, and the caller may use one configuration for several models.
+        config = self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        try:
+            check_base(model, config)
+        except ValueError:
+            del self.peft_config[adapter_name]
+            raise
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        take_fingerprints(model, config, adapter_name)
 
     def _create_and_replace(
         self,
@@ -71,6 +89,7 @@ class WiseModel(BaseTuner):
         layers = find_wise_layers(model)
         if layers:
             install_hooks(model, next(iter(layers.values())).routing_scope)
+            install_loading(model)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
@@ -92,21 +111,38 @@ class WiseModel(BaseTuner):
         """The base model as it was: the layers, the hooks and ``generate``."""
         base = super().unload()
         remove_hooks(base)
+        remove_loading(base)
         return base
+
+    # -- files: PEFT calls these in get_peft_model_state_dict and set_peft_model_state_dict ------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        state = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return packed(state, config.save_dtype)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        state = unpacked(state_dict, shapes_in(find_wise_layers(model)))
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
         # The name stands in the middle of our keys: ....wisemem_memories.<adapter>.<index>.delta_weight
-        marked = f".{_CONTAINER}.{adapter_name}."
+        marked = f".{CONTAINER}.{adapter_name}."
         head, found, tail = key.rpartition(marked)
         if found:
-            return f"{head}.{_CONTAINER}.{tail}"
+            return f"{head}.{CONTAINER}.{tail}"
         return super()._remove_adapter_name_from_key(key, adapter_name)
-
-
-def find_wise_layers(model: nn.Module) -> dict[str, WiseLayer]:
-    """Every WISE layer of a model by its module name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, WiseLayer)}
 
 
 def other_tuners(model: nn.Module) -> list[str]:

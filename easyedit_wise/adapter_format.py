@@ -1,0 +1,44 @@
+"""What the files of saved edits are called, and the error that all of their readers raise."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+EDITS_FILE = "wise_edits.json"
+CARD_FILE = "README.md"
+OUR_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE, CARD_FILE})
+# 2: tensors are packed, and there are digests.
+FORMAT_VERSION = 2
+# What Python, torch and the libraries raise on values that nobody wrote on purpose. Nesting that is too deep is a
+# RuntimeError, and so is most of what torch says; a number that is too large is an ArithmeticError.
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    OSError,
+    re.error,
+)
+
+
+class AdapterFileError(ValueError):
+    """A saved adapter is missing, damaged, or made for another model."""
+
+
+def damaged(path: Path, why: Any) -> AdapterFileError:
+    """The error for a file that cannot be what was saved."""
+    reason = str(why) or type(why).__name__
+    if len(reason) > 500:  # what is quoted may be as long as the file
+        reason = f"{reason[:500]} ..."
+    return AdapterFileError(f"{path} is damaged ({reason}): take it from a backup or save the edits again.")
+
+
+def missing(path: Path) -> AdapterFileError:
+    """The error for a file that has to be there."""
+    return AdapterFileError(f"{path} does not exist: name a folder that edits were saved into.")
