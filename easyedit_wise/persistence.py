@@ -33,6 +33,9 @@ from .adapter_format import (
 from .editing.stream import EditStream
 from .folders import replace_folder, sync
 from .hparams import WISEHyperParams
+from .journal.database import JOURNAL_FILE
+from .journal.journal import Journal
+from .journal.restoring import attached
 from .model_card import model_card
 from .tuner.adapter_tensors import shapes_in, unpacked
 from .tuner.attach import attach, detach
@@ -115,7 +118,8 @@ def load_edits(
 
     Args:
         model: the model that the edits were made for, or the same one freshly loaded.
-        path: a folder that :func:`save_edits` or PEFT's ``save_pretrained`` wrote.
+        path: a folder that :func:`save_edits` or PEFT's ``save_pretrained`` wrote, or a journal's. To go on with a
+            journal's edits and keep them there, name it in the settings, or ``resume`` it.
         adapter_name: the name that the set of edits gets.
         tok: the tokenizer, to continue the stream of edits with; ``apply_wise_to_model`` brings its own.
         hparams: settings to continue with; None takes the saved ones.
@@ -127,8 +131,11 @@ def load_edits(
 
     Raises:
         AdapterFileError: a file is missing, damaged, or does not fit this model; the model is as before.
+        JournalError: likewise, for a journal.
     """
     folder = Path(path)
+    if (folder / JOURNAL_FILE).is_file():
+        return _load_journal(model, folder, adapter_name, tok, hparams, any_base)
     saved = read_folder(folder)
     config, record = saved.config, saved.record
     if any_base:
@@ -147,6 +154,18 @@ def load_edits(
             raise _misfit(folder, config, str(error)) from error
         layer.edit_stream = _continued_stream(model, tok, hparams or record.settings, layer, adapter_name, record)
     return layer
+
+
+def _load_journal(
+    model: nn.Module, folder: Path, adapter_name: str, tok: Any, hparams: WISEHyperParams | None, any_base: bool
+) -> WiseLayer:
+    with Journal(folder) as journal, _all_or_nothing(model, adapter_name):
+        try:
+            stream = attached(model, tok, journal, adapter_name, any_base)
+        except ValueError as error:
+            raise AdapterFileError(f"the edits in {folder} do not fit this model: {error}") from error
+    stream.use(tok, hparams or stream.hparams)
+    return stream.layer
 
 
 def _edits_record(layer: WiseLayer, layer_name: str, adapter_name: str) -> dict[str, Any]:

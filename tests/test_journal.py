@@ -19,6 +19,8 @@ from easyedit_wise.journal.database import JournalError, JournalInUseError
 from easyedit_wise.journal.forgetting import forget, plan_of
 from easyedit_wise.journal.journal import Journal
 from easyedit_wise.journal.restoring import attached
+from easyedit_wise.persistence import AdapterFileError, load_edits
+from easyedit_wise.tuner.model import find_wise_layers
 
 MARGIN: dict[str, Any] = {"save_freq": 3, "merge_freq": 6, "retrieve": True, "rehearsal": 0.1}
 STREAMS = {
@@ -190,6 +192,23 @@ def test_forgetting_goes_on_where_it_was_stopped(llama: Any, tok: Any, tmp_path:
     forget(model, tok, tmp_path, 1, on_edit=lambda index, *_: again.append(index))
     assert len(again) == 3
     assert same(memories(model), never)
+
+
+def test_load_edits_reads_a_journal(llama: Any, tok: Any, tmp_path: Path) -> None:
+    model = edited(llama, tok, tmp_path, about(5), **ON)
+    loaded = copy.deepcopy(llama)
+    load_edits(loaded, tmp_path, "of_the_journal")
+    (layer,) = find_wise_layers(loaded).values()
+    assert layer.active_adapters == ["of_the_journal"]
+    for one, other in zip(layer.memories("of_the_journal"), only_layer(model).memories("default"), strict=True):
+        assert torch.equal(one.delta_weight, other.delta_weight)
+    other_base = copy.deepcopy(llama)
+    with torch.no_grad():
+        other_base.model.layers[1].mlp.down_proj.weight.mul_(1.5)
+    with pytest.raises(AdapterFileError, match="do not fit this model"):
+        load_edits(other_base, tmp_path)
+    assert not find_wise_layers(other_base)
+    load_edits(other_base, tmp_path, any_base=True)
 
 
 def test_an_edit_that_is_not_there(llama: Any, tok: Any, tmp_path: Path) -> None:

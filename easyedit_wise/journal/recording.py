@@ -28,7 +28,7 @@ from .entries import (
     request_values,
 )
 from .journal import STREAM, Journal
-from .tensors import mask_bytes, pack_open_shard, rows_bytes, to_bytes
+from .tensors import mask_bytes, memory_bytes, pack_open_shard, rows_bytes, to_bytes
 from .writing import JournalWriter
 
 # A long shard's state is kept after so many edits, so that not all of it has to be made again.
@@ -171,9 +171,8 @@ def _state_entry(state: MemoryState, blobs: dict[str, bytes]) -> StateEntry:
     mask = None
     if state.stage == LIVE and state.mask is not None:
         mask = _put(mask_bytes(state.mask), blobs)
-    return StateEntry(
-        state.stage, state.n_edits, state.epsilon, _put(to_bytes({"dW": state.delta_weight}), blobs), mask
-    )
+    delta_weight = _put(memory_bytes(state.delta_weight, state.mask), blobs)
+    return StateEntry(state.stage, state.n_edits, state.epsilon, delta_weight, mask)
 
 
 def _edit_entries(

@@ -26,7 +26,14 @@ from .database import JournalError, digest_of
 from .entries import NO_CHAIN, CallEntry, EditEntry, SnapshotEntry, request_from
 from .journal import PENDING, STREAM, Journal
 from .recording import JournalSink, put_back_texts
-from .tensors import from_bytes, mask_from_bytes, rows_from_bytes, to_bytes, unpack_open_shard
+from .tensors import (
+    from_bytes,
+    mask_from_bytes,
+    memory_bytes,
+    memory_from_bytes,
+    rows_from_bytes,
+    unpack_open_shard,
+)
 from .writing import JournalWriter
 
 LOG = logging.getLogger(__name__)
@@ -34,7 +41,9 @@ LOG = logging.getLogger(__name__)
 OnEdit = Callable[[int, EditRequest, EditOutcome], None]
 
 
-def attached(model: nn.Module, tok: Any, journal: Journal, adapter_name: str | None = None) -> EditStream:
+def attached(
+    model: nn.Module, tok: Any, journal: Journal, adapter_name: str | None = None, any_base: bool = False
+) -> EditStream:
     """A journal's edits on a model, as they stand: they answer, and the stream knows their texts.
 
     Args:
@@ -42,13 +51,14 @@ def attached(model: nn.Module, tok: Any, journal: Journal, adapter_name: str | N
         tok: its tokenizer.
         journal: the journal.
         adapter_name: the name that the set of edits gets; None: the one that it had.
+        any_base: although the layer's weight is not the one that they were made beside.
 
     Raises:
         JournalError: no edit was ever asked for, or the journal is damaged.
-        ValueError: the layer does not exist, or differs.
+        ValueError: the layer does not exist, or is another one.
     """
     with _no_trace_of_failure(model):
-        stream = fresh_stream(model, tok, journal, adapter_name)
+        stream = fresh_stream(model, tok, journal, adapter_name, any_base)
         snapshot, edits = journal.snapshot(), journal.edits()
         if snapshot is not None:
             put_into(stream, journal, snapshot, edits)
@@ -67,12 +77,14 @@ def _no_trace_of_failure(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def fresh_stream(model: nn.Module, tok: Any, journal: Journal, adapter_name: str | None = None) -> EditStream:
+def fresh_stream(
+    model: nn.Module, tok: Any, journal: Journal, adapter_name: str | None = None, any_base: bool = False
+) -> EditStream:
     """A stream without edits on the layer that a journal's edits are in, with the settings of its first call.
 
     Raises:
         JournalError: no edit was ever asked for.
-        ValueError: the layer does not exist, or differs.
+        ValueError: the layer does not exist, or is another one.
     """
     facts, calls = journal.facts(), journal.calls()
     if facts is None or not calls:
@@ -81,6 +93,8 @@ def fresh_stream(model: nn.Module, tok: Any, journal: Journal, adapter_name: str
         **{key: value for key, value in facts.adapter.items() if key in WiseConfig.__dataclass_fields__}
     )
     config.memories = ["live"]
+    if any_base:
+        config.base_fingerprint = None
     name = adapter_name or facts.adapter_name
     layer = attach(model, config, name)
     put_back_texts(model, journal)
@@ -107,10 +121,8 @@ def put_into(stream: EditStream, journal: Journal, snapshot: SnapshotEntry, edit
     try:
         states = []
         for one in snapshot.memories:
-            delta_weight = from_bytes(journal.blob(one.delta_weight))["dW"]
-            mask = None if one.mask is None else mask_from_bytes(journal.blob(one.mask))
-            if tuple(delta_weight.shape) != shape or (mask is not None and tuple(mask.shape) != shape):
-                raise ValueError(f"a side memory has the shape {tuple(delta_weight.shape)}, the layer {shape}")
+            mask = None if one.mask is None else mask_from_bytes(journal.blob(one.mask), shape)
+            delta_weight = memory_from_bytes(journal.blob(one.delta_weight), shape, mask)
             states.append(
                 MemoryState(
                     one.stage,
@@ -222,7 +234,7 @@ def make_again(
 def differs(stream: EditStream, snapshot: SnapshotEntry) -> bool:
     """Whether a rebuilt stream's memories are other ones, bit for bit, than a snapshot's."""
     states = stream.layer.memories(stream.adapter_name)
-    made = [digest_of(to_bytes({"dW": state.delta_weight})) for state in states]
+    made = [digest_of(memory_bytes(state.delta_weight, state.mask)) for state in states]
     return made != [state.delta_weight for state in snapshot.memories]
 
 

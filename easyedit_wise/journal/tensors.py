@@ -16,6 +16,7 @@ from ..editing.open_shard import OpenShard
 from ..editing.recorded import EditScores, RecordedEdit
 from ..editing.scored import ScoredInputs
 from ..least_squares import NormalEquations
+from ..tuner.packing import pack, unpack
 
 _EQUATIONS = ("columns", "edits", "outputs", "quiet")
 
@@ -37,30 +38,45 @@ def from_bytes(data: bytes) -> dict[str, Tensor]:
         raise ValueError(str(error)) from error
 
 
-def mask_bytes(mask: Tensor) -> bytes:
-    """A shard's mask, bool, shape (d_out, d_in): of whole columns as their indices, others with a bit an entry."""
-    columns = mask.any(dim=0)
-    shape = torch.tensor(mask.shape)
-    if torch.equal(columns, mask.all(dim=0)):
-        return to_bytes({"shape": shape, "columns": columns.nonzero().squeeze(-1).to(torch.int32)})
-    bits = torch.nn.functional.pad(mask.flatten().cpu(), (0, -mask.numel() % 8)).view(-1, 8).to(torch.uint8)
-    return to_bytes({"shape": shape, "bits": (bits << torch.arange(8, dtype=torch.uint8)).sum(dim=1).to(torch.uint8)})
+def memory_bytes(delta_weight: Tensor, mask: Tensor | None) -> bytes:
+    """dW of a side memory, shape (d_out, d_in), without what is zero in it.
+
+    Args:
+        delta_weight: dW.
+        mask: of a live shard, which the reader knows; None for the others.
+    """
+    return to_bytes(pack(delta_weight, mask))
 
 
-def mask_from_bytes(data: bytes) -> Tensor:
-    """The mask of :func:`mask_bytes`.
+def memory_from_bytes(data: bytes, shape: tuple[int, int], mask: Tensor | None) -> Tensor:
+    """dW of :func:`memory_bytes`.
 
     Raises:
-        ValueError: this is no mask.
+        ValueError: it is none of this shape.
     """
-    tensors = from_bytes(data)
-    d_out, d_in = (int(size) for size in tensors["shape"])
-    if "columns" in tensors:
-        mask = torch.zeros(d_out, d_in, dtype=torch.bool)
-        mask[:, tensors["columns"].long()] = True
-        return mask
-    bits = (tensors["bits"][:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten()[: d_out * d_in].view(d_out, d_in).bool()
+    return unpack(from_bytes(data), shape, places=mask)
+
+
+def mask_bytes(mask: Tensor) -> bytes:
+    """A shard's mask, bool, shape (d_out, d_in): of whole columns as their indices, others with a bit an entry."""
+    return to_bytes({"shape": torch.tensor(mask.shape), **pack(mask)})
+
+
+def mask_from_bytes(data: bytes, shape: tuple[int, int] | None = None) -> Tensor:
+    """The mask of :func:`mask_bytes`.
+
+    Args:
+        data: its bytes.
+        shape: that it must have; None: the one that the bytes say.
+
+    Raises:
+        ValueError: this is no mask, or one of another shape.
+    """
+    parts = from_bytes(data)
+    d_out, d_in = (int(size) for size in parts.pop("shape", torch.zeros(0)))
+    if shape is not None and shape != (d_out, d_in):
+        raise ValueError(f"a mask has the shape {(d_out, d_in)}, the layer {shape}")
+    return unpack(parts, (d_out, d_in), is_mask=True)
 
 
 def rows_bytes(edit: RecordedEdit) -> bytes:
