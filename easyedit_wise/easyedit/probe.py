@@ -10,7 +10,7 @@ from torch import nn
 
 from ..evaluation.routed import RoutedPrompt
 from ..routing import MAIN_MEMORY
-from ..tuner.scope import Route
+from ..tuner.route import Route
 from ..tuner.switch import last_route
 
 
@@ -49,11 +49,12 @@ def probe_routes(model: nn.Module, tok: Any, prompts: Sequence[str], batch_size:
 
 def routed_prompt(route: Route, row: int) -> RoutedPrompt:
     """One sequence's route; of a prompt that no memory answers, the memory nearest to its threshold."""
-    choice = int(route.choice[row])
-    if not route.memories:
+    choice, own = int(route.choice[row]), list(route.own(row))
+    if not own:
         return RoutedPrompt(None, 0.0, 0.0)
     scores, epsilon = route.scores[row].float().cpu(), route.epsilon.float().cpu()
-    nearest = choice if choice != MAIN_MEMORY else int((scores / epsilon.clamp(min=1e-12)).argmax())
+    factors = scores[own] / epsilon[own].clamp(min=1e-12)
+    nearest = choice if choice != MAIN_MEMORY else own[int(factors.argmax())]
     return RoutedPrompt(
         memory=route.memories[choice] if choice != MAIN_MEMORY else None,
         score=float(scores[nearest]),

@@ -15,8 +15,10 @@ from ..routing import MAIN_MEMORY
 from ..sharding import random_mask
 from .config import WiseConfig
 from .memory import LIVE, MemoryState, SideMemory
+from .mixed import decide_mixed
+from .route import Route
 from .router import Candidate, decide, follow
-from .scope import Route, RoutingScope
+from .scope import RoutingScope
 from .sketches import SketchCache
 
 
@@ -57,7 +59,7 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         self.routing_scope = routing_scope
         self.last_route: Route | None = None
         self._sketches = SketchCache()
-        self._listed: tuple[tuple[Any, ...], list[Candidate]] | None = None
+        self._listed: dict[tuple[str, ...], tuple[list[Any], list[Candidate]]] = {}
         self.edit_stream: Any = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -80,6 +82,7 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         states = [self._empty_state(stage, config, generator, device) for stage in config.memories]
         self.wisemem_config[adapter_name] = config
         self.wisemem_memories[adapter_name] = nn.ModuleList(map(SideMemory, states))
+        self._listed = {}
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def _empty_state(
@@ -102,23 +105,42 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         self.wisemem_memories[adapter_name] = replacement
         self.wisemem_config[adapter_name].memories = [state.stage for state in states]
         self.last_route = None
-        self._listed = None
+        self._listed = {}
 
     def _side_memories(self, adapter_name: str) -> list[SideMemory]:
         return [memory for memory in self.wisemem_memories[adapter_name].children() if isinstance(memory, SideMemory)]
 
-    def _candidates(self) -> list[Candidate]:
-        """The memories that may answer. Listed once, since every decode step asks."""
-        names = [name for name in self.active_adapters if name in self.wisemem_config]
-        sources = tuple((self.wisemem_memories[name], self.wisemem_config[name]) for name in names)
-        if self._listed is None or self._listed[0] != sources:
-            listed = [
+    def _candidates(self, asked: tuple[str, ...] | None = None) -> list[Candidate]:
+        """The memories that may answer: the active adapters', or those that rows ask for.
+
+        Listed once, since every decode step asks.
+        """
+        wanted = self.active_adapters if asked is None else [name for name in self.wisemem_config if name in asked]
+        names = tuple(name for name in wanted if name in self.wisemem_config)
+        sources = [(self.wisemem_memories[name], self.wisemem_config[name]) for name in names]
+        listed = self._listed.get(names)
+        if listed is None or listed[0] != sources:
+            found = [
                 Candidate(f"{name}/{index}", memory, self.wisemem_config[name])
                 for name in names
                 for index, memory in enumerate(self._side_memories(name))
             ]
-            self._listed = (sources, listed)
-        return self._listed[1]
+            listed = (sources, found)
+            self._listed[names] = listed
+        return listed[1]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's, and nothing stays that would keep the adapter's tensors or its stream of edits alive."""
+        super().delete_adapter(adapter_name)
+        self._forget()
+        if getattr(self.edit_stream, "adapter_name", None) == adapter_name:
+            self.edit_stream = None
+
+    def _forget(self) -> None:
+        """Drop what was derived from memories that are no longer there."""
+        self.last_route = None
+        self._listed = {}
+        self._sketches.clear()
 
     def _apply(self, fn: Any, recurse: bool = True) -> WiseLayer:
         # A cast rounds the memories in place; there and back again they look as before.
@@ -136,21 +158,26 @@ class WiseLayer(nn.Module, BaseTunerLayer):
 
         Returns:
             The base layer's output shape and dtype: (B, T, d_out) or (B * T, d_out).
+
+        Raises:
+            ValueError: rows ask for adapters, and there are other than B names.
         """
         base_output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
             self.last_route = None
             return base_output
-        candidates = self._candidates()
-        if not candidates:
-            return base_output
         sequences = self.routing_scope.as_sequences(x)
+        asked = self.routing_scope.asked_by(sequences.shape[0])
+        candidates = self._candidates(asked)
+        if not candidates:
+            self.last_route = None
+            return base_output
         result = base_output.reshape(*sequences.shape[:2], -1)
         trained = self._memory_in_training(candidates)
         if trained is not None:
             result = result + self._product(sequences, trained.delta_weight * trained.mask).to(result.dtype)
         else:
-            result = self._routed(sequences, result, candidates)
+            result = self._routed(sequences, result, candidates, asked)
         return result.reshape(base_output.shape)
 
     def _memory_in_training(self, candidates: list[Candidate]) -> SideMemory | None:
@@ -162,15 +189,22 @@ class WiseLayer(nn.Module, BaseTunerLayer):
     def _product(self, x: Tensor, delta_weight: Tensor) -> Tensor:
         return F.linear(self._cast_input_dtype(x, delta_weight.dtype), delta_weight)
 
-    def _routed(self, x: Tensor, base_output: Tensor, candidates: list[Candidate]) -> Tensor:
+    def _routed(
+        self, x: Tensor, base_output: Tensor, candidates: list[Candidate], asked: tuple[str, ...] | None
+    ) -> Tensor:
         """Follow the route that this call goes on with, or decide and keep the decision for decoding."""
         held = self.routing_scope.held_route(self, x.shape[0])
-        if held is not None and held.memories != tuple(candidate.name for candidate in candidates):
+        names = tuple(candidate.name for candidate in candidates)
+        if held is not None and (held.memories, held.asked) != (names, asked):
             held = None
         if held is not None and held.decided is None:
             return follow(held, x, base_output, candidates, self._product)
         token_mask = self.routing_scope.token_mask(x.shape[0], x.shape[1], x.device)
-        route, result = decide(x, base_output, candidates, self._product, token_mask, held, self._sketches)
+        given = (token_mask, held, self._sketches)
+        if asked is None:
+            route, result = decide(x, base_output, candidates, self._product, *given)
+        else:
+            route, result = decide_mixed(x, base_output, candidates, asked, self._product, *given)
         self.last_route = route
         self.routing_scope.hold(self, route)
         return result

@@ -10,6 +10,7 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
+from .choosing import rows_asking
 from .config import WiseConfig
 from .hooks import install_hooks, remove_hooks
 from .layer import WiseLayer
@@ -79,14 +80,13 @@ class WiseModel(BaseTuner):
         )
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT calls this around forward and generate; WISE needs none, but ``adapter_names`` ends up here."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names picks an adapter for each row, but WISE routes each row by its content: leave it out, "
-                "and choose the adapters that take part with base_model.set_adapter([...])."
-            )
-        yield
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+        """PEFT calls this around forward and generate: with ``adapter_names`` each row has its own adapter."""
+        if adapter_names is None:
+            yield
+            return
+        with rows_asking(self.model, find_wise_layers(self.model).values(), adapter_names):
+            yield
 
     def unload(self) -> nn.Module:
         """The base model as it was: the layers, the hooks and ``generate``."""
