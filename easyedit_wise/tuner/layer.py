@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,10 +77,12 @@ class WiseLayer(nn.Module, BaseTunerLayer):
     # -- memories ---------------------------------------------------------------------------
 
     def update_layer(self, adapter_name: str, config: WiseConfig, inference_mode: bool = False) -> None:
-        """Give ``adapter_name`` the side memories that ``config.memories`` lists, all of them still zero."""
+        """Give ``adapter_name`` the side memories that ``config.memories`` lists; dW is 0 unless told otherwise."""
         base_device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         device = base_device if base_device is not None else torch.device("cpu")
         generator = torch.Generator().manual_seed(config.seed)
+        if not config.init_weights:  # of two adapters with one configuration each has its own random dW
+            generator = torch.Generator().manual_seed(config.seed ^ zlib.crc32(adapter_name.encode()))
         states = [self._empty_state(stage, config, generator, device) for stage in config.memories]
         self.wisemem_config[adapter_name] = config
         self.wisemem_memories[adapter_name] = nn.ModuleList(map(SideMemory, states))
@@ -90,8 +94,12 @@ class WiseLayer(nn.Module, BaseTunerLayer):
     ) -> MemoryState:
         shape = (self.out_features, self.in_features)
         mask = random_mask(shape, config.mask_ratio, generator).to(device) if stage == LIVE else None
+        delta_weight = torch.zeros(shape, dtype=torch.float32, device=device)
+        if not config.init_weights:
+            drawn = torch.randn(shape, generator=generator) / math.sqrt(self.in_features)
+            delta_weight.copy_(drawn if mask is None else drawn * mask.to(drawn.device))
         # epsilon 0: a memory that was never calibrated answers as soon as it holds anything.
-        return MemoryState(stage, torch.zeros(shape, dtype=torch.float32, device=device), mask, 0.0, 0)
+        return MemoryState(stage, delta_weight, mask, 0.0, 0)
 
     def memories(self, adapter_name: str) -> list[MemoryState]:
         """The side memories of an adapter, in order, sharing their tensors."""

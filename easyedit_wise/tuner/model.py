@@ -75,7 +75,7 @@ class WiseModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            "merge_and_unload() would make the side memory answer every query, since the router goes with it. "
+            "merging would make the side memory answer every query, since the router goes with it. "
             "Use unload() for the base model, or keep the adapter: it is a small file beside the model."
         )
 
