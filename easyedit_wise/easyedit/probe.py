@@ -10,6 +10,7 @@ from torch import nn
 
 from ..evaluation.routed import RoutedPrompt
 from ..routing import MAIN_MEMORY
+from ..tuner.devices import computing_device
 from ..tuner.route import Route
 from ..tuner.switch import last_route
 
@@ -27,7 +28,7 @@ def probe_routes(model: nn.Module, tok: Any, prompts: Sequence[str], batch_size:
     Raises:
         ValueError: the model carries no edits, or they are switched off.
     """
-    device = next(model.parameters()).device
+    device = computing_device(model)
     encoded = [list(tok(prompt)["input_ids"]) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     routed: dict[int, RoutedPrompt] = {}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..routing import MAIN_MEMORY
 from ..sharding import random_mask
 from .config import WiseConfig
+from .devices import computing_device
 from .memory import LIVE, MemoryState, SideMemory
 from .mixed import decide_mixed
 from .route import Route
@@ -47,7 +48,6 @@ class WiseLayer(nn.Module, BaseTunerLayer):
     set_adapter: Callable[..., None]
     get_base_layer: Callable[[], nn.Module]
     _cast_input_dtype: Callable[[Tensor, torch.dtype], Tensor]
-    _get_base_layer_device_and_dtype: Callable[[nn.Module], tuple[torch.device | None, torch.dtype | None]]
 
     other_param_names = ("wisemem_config",)
 
@@ -78,8 +78,7 @@ class WiseLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: WiseConfig, inference_mode: bool = False) -> None:
         """Give ``adapter_name`` the side memories that ``config.memories`` lists; dW is 0 unless told otherwise."""
-        base_device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        device = base_device if base_device is not None else torch.device("cpu")
+        device = computing_device(self.get_base_layer())
         generator = torch.Generator().manual_seed(config.seed)
         if not config.init_weights:  # of two adapters with one configuration each has its own random dW
             generator = torch.Generator().manual_seed(config.seed ^ zlib.crc32(adapter_name.encode()))
@@ -88,6 +87,15 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         self.wisemem_memories[adapter_name] = nn.ModuleList(map(SideMemory, states))
         self._listed = {}
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's, called after a load with ``low_cpu_mem_usage``; it would also cast to the base layer's dtype,
+        and a memory rounded to bf16 routes differently, or move to an offloaded weight's meta device.
+        """
+        target = computing_device(self.get_base_layer()) if device is None else torch.device(device)
+        memories = self.wisemem_memories[adapter_name] if adapter_name in self.wisemem_memories else nn.ModuleList()
+        if all(tensor.device.type != "meta" for tensor in memories.state_dict().values()) and target.type != "meta":
+            memories.to(target)
 
     def _empty_state(
         self, stage: str, config: WiseConfig, generator: torch.Generator, device: torch.device

@@ -63,6 +63,11 @@ class WiseModel(BaseTuner):
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # The memories lie where the layer computes. PEFT's version moves them to where its weight lies, which for an
+        # offloaded layer is nowhere: they would be lost.
+        setattr(parent, child_name, new_module)
+
     def _routing_scope(self) -> RoutingScope:
         """One scope for the whole model, whichever tuner object wrapped the first layer."""
         layers = find_wise_layers(self.model)
