@@ -44,7 +44,7 @@ from .tuner.model import find_wise_layers
 # PEFT's checkpoints name modules as seen from the wrapping PeftModel.
 _PEFT_PREFIX = "base_model.model."
 # What loading changes on a layer beside its memories.
-_SWITCHED = ("_active_adapter", "edit_stream", "last_route")
+_SWITCHED = ("_active_adapter", "edit_streams", "last_route")
 
 
 def save_edits(model: nn.Module, path: str | Path, adapter_name: str = "default") -> Path:
@@ -134,8 +134,8 @@ def load_edits(
 
 
 def _edits_record(layer: WiseLayer, layer_name: str, adapter_name: str) -> dict[str, Any]:
-    stream = layer.edit_stream
-    if not isinstance(stream, EditStream) or stream.adapter_name != adapter_name:
+    stream = layer.edit_streams.get(adapter_name)
+    if not isinstance(stream, EditStream):
         stream = None
     return {
         "format_version": FORMAT_VERSION,

@@ -264,10 +264,11 @@ def test_an_edit_stream_goes_with_its_adapter(case: Case) -> None:
     model = case.model()
     layer = attach(model, case.config(), "one")
     attach(model, case.config(), "two")
-    layer.edit_stream = Stream()
+    layer.edit_stream = stream = Stream()
     layer.delete_adapter("one")
-    assert layer.edit_stream is not None
+    assert layer.edit_stream is stream
     layer.delete_adapter("two")
+    assert layer.edit_streams == {}
     assert layer.edit_stream is None
 
 

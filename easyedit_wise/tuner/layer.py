@@ -35,8 +35,8 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         wisemem_memories: side memories of each adapter, in the order in which they were made.
         routing_scope: shared by the layers of one model; knows padding and what a call continues.
         last_route: the decision of the last prefill; None if the adapters were off.
-        edit_stream: whoever edits this layer keeps its state here, so that it lives and dies with it.
-            The tuner does not look into it.
+        edit_streams: whoever edits this layer keeps the state of each adapter's edits here, so that it lives and
+            dies with the adapter. The tuner does not look into it.
     """
 
     # PEFT names its adapter parameters by prefix and matches it as a substring; "wise_" is part of
@@ -62,7 +62,7 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         self.last_route: Route | None = None
         self._sketches = SketchCache()
         self._listed: dict[tuple[str, ...], tuple[list[Any], list[Candidate]]] = {}
-        self.edit_stream: Any = None
+        self.edit_streams: dict[str, Any] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         shape = linear_map_shape(self.get_base_layer())
@@ -149,8 +149,18 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         """PEFT's, and nothing stays that would keep the adapter's tensors or its stream of edits alive."""
         super().delete_adapter(adapter_name)
         self._forget()
-        if getattr(self.edit_stream, "adapter_name", None) == adapter_name:
-            self.edit_stream = None
+        self.edit_streams = {name: stream for name, stream in self.edit_streams.items() if name != adapter_name}
+
+    @property
+    def edit_stream(self) -> Any:
+        """The stream of the first active adapter, which is where edits go; None if it has none."""
+        return self.edit_streams.get(next(iter(self.active_adapters), ""))
+
+    @edit_stream.setter
+    def edit_stream(self, stream: Any) -> None:
+        name = getattr(stream, "adapter_name", next(iter(self.active_adapters), ""))
+        # A new dict: whoever puts a layer back after a failure has kept the old one.
+        self.edit_streams = {**self.edit_streams, name: stream}
 
     def _forget(self) -> None:
         """Drop what was derived from memories that are no longer there."""
