@@ -25,6 +25,8 @@ from tuner_helpers import ALWAYS, NEVER, PROMPTS, batch, between, generate, logi
 
 import easyedit_wise
 from easyedit_wise import WiseConfig, attach, edits_chosen, edits_disabled, last_route, use_edits
+from easyedit_wise.easyedit.probe import routed_prompt
+from easyedit_wise.evaluation.routed import RoutedPrompt
 from easyedit_wise.tuner import mixed, router, sketches
 from easyedit_wise.tuner.asked import check_count, checked, of_rows
 from easyedit_wise.tuner.memory import MemoryState, SideMemory
@@ -564,3 +566,21 @@ def test_screened_sets_are_not_sketched_again_when_they_take_turns(
     for names in ("news", MIXES[0], "law", "news", MIXES[2]):
         llama_served.logits(batch(PROMPTS), names)
     assert len(made) == SETS["news"][0]
+
+
+def test_the_evaluation_reads_a_mixed_route_row_by_row(llama_served: Mixed) -> None:
+    """Of a row that no memory answers it names the nearest of its own set's."""
+    names = ["law", BASE, "sport", "news"]
+    for epsilon in (NEVER, ALWAYS):
+        for name in SETS:
+            layer = only_layer(llama_served.model)
+            layer.install(name, [state.with_(epsilon=epsilon) for state in layer.memories(name)])
+        llama_served.logits(batch(PROMPTS), names)
+        route = last_route(llama_served.model)
+        routed = [routed_prompt(route, row) for row in range(4)]
+        assert routed[1] == RoutedPrompt(None, 0.0, 0.0)
+        for row in (0, 2, 3):
+            memories = [route.memories[index] for index in route.own(row)]
+            assert len(memories) == SETS[names[row]][0]
+            assert routed[row].memory in ([None] if epsilon == NEVER else memories)
+            assert routed[row].score in route.scores[row, route.own(row)].tolist()

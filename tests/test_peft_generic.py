@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import LAYERS, build_model
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from torch import Tensor, nn
 from tuner_helpers import PROMPTS, batch, config_for, generate, logits, memory, only_layer, set_thresholds
 
@@ -177,6 +184,17 @@ def test_an_adapters_state_dict_goes_round_under_another_name(case: Case) -> Non
     assert torch.equal(case.ask(one), case.ask(other))
 
 
+def test_an_adapter_injected_without_memory_is_filled_by_its_state(case: Case) -> None:
+    one, other = case.wrapped("a", init_weights=False), case.model()
+    inject_adapter_in_model(case.config(), other, "b", low_cpu_mem_usage=True)
+    layer = only_layer(other)
+    assert layer.wisemem_memories["b"][0].delta_weight.device.type == "meta"
+    state = get_peft_model_state_dict(one, adapter_name="a")
+    set_peft_model_state_dict(other, state, adapter_name="b", low_cpu_mem_usage=True)
+    assert layer.wisemem_memories["b"][0].delta_weight.device.type == "cpu"
+    assert torch.equal(case.ask(other.eval()), case.ask(one.eval()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("autocast", [True, False])
 def test_a_base_in_half_precision_keeps_the_adapter_in_fp32(case: Case, dtype: torch.dtype, autocast: bool) -> None:
@@ -242,6 +260,16 @@ def test_of_a_deleted_adapter_no_tensor_stays(case: Case, which: str) -> None:
         model.delete_adapter("nowhere")
     model.delete_adapter("first")  # after the last one PEFT's wrapper cannot be called, only taken off
     assert torch.equal(case.ask(model.unload()), base)
+
+
+def test_deleting_an_adapter_of_a_frozen_model_leaves_it_frozen(case: Case) -> None:
+    model = case.model().requires_grad_(False)
+    for name in ("one", "two"):
+        layer = attach(model, case.config(init_weights=False), name)
+    with pytest.warns(UserWarning, match="two was active"):
+        layer.delete_adapter("two")
+    assert layer.active_adapters == ["one"]
+    assert trainable(model) == []
 
 
 def test_of_an_adapter_that_was_replaced_no_tensor_stays(case: Case) -> None:

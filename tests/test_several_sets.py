@@ -125,6 +125,7 @@ def test_edits_go_on_in_the_set_that_is_in_use(loaded: Any, folders: dict[str, P
     assert same_memories(only_layer(alone).memories("default"), before["law"])
 
 
+@pytest.mark.filterwarnings("ignore:Adapter law was active which is now deleted")
 def test_a_set_is_loaded_again_in_place_of_itself(loaded: Any, folders: dict[str, Path], tok: Any) -> None:
     before = {name: only_layer(loaded).memories(name) for name in NAMES}
     load_edits(loaded, folders["news"], adapter_name="law", tok=tok)

@@ -147,7 +147,10 @@ class WiseLayer(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's, and nothing stays that would keep the adapter's tensors or its stream of edits alive."""
+        trained = any(parameter.requires_grad for parameter in self.wisemem_memories.parameters())
         super().delete_adapter(adapter_name)
+        if not trained:  # PEFT makes the adapter that is active next trainable, which a frozen model's is not
+            self.wisemem_memories.requires_grad_(False)
         self._forget()
         self.edit_streams = {name: stream for name, stream in self.edit_streams.items() if name != adapter_name}
 
