@@ -17,7 +17,7 @@ from .persistence import AdapterFileError, load_edits, save_edits
 from .sharding import random_mask
 from .tuner import Route, WiseConfig, WiseLayer, WiseModel, register_with_peft
 from .tuner.attach import attach, detach
-from .tuner.switch import edits_disabled, last_route
+from .tuner.switch import edits_chosen, edits_disabled, last_route, use_edits
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,8 @@ __all__ = [
     "AdapterFileError",
     "write_model_card",
     "edits_disabled",
+    "edits_chosen",
+    "use_edits",
     "last_route",
     # the PEFT tuner
     "WiseConfig",

@@ -74,7 +74,7 @@ def model_card(
     """
     config = layer.wisemem_config[adapter_name]
     base = config.base_model_name_or_path or None
-    stream = layer.edit_stream
+    stream = layer.edit_streams.get(adapter_name)
     known = isinstance(stream, EditStream) and stream.adapter_name == adapter_name
     parts = [
         _header(base, config),

@@ -47,7 +47,7 @@ from .tuner.packing import PackingError
 # PEFT's checkpoints name modules as seen from the wrapping PeftModel.
 _PEFT_PREFIX = "base_model.model."
 # What loading changes on a layer beside its memories.
-_SWITCHED = ("_active_adapter", "edit_stream", "last_route")
+_SWITCHED = ("_active_adapter", "edit_streams", "last_route")
 
 
 def save_edits(
@@ -169,8 +169,8 @@ def _load_journal(
 
 
 def _edits_record(layer: WiseLayer, layer_name: str, adapter_name: str) -> dict[str, Any]:
-    stream = layer.edit_stream
-    if not isinstance(stream, EditStream) or stream.adapter_name != adapter_name:
+    stream = layer.edit_streams.get(adapter_name)
+    if not isinstance(stream, EditStream):
         stream = None
     return {
         "format_version": FORMAT_VERSION,

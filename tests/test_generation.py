@@ -31,7 +31,8 @@ from tuner_helpers import (
 
 from easyedit_wise import last_route
 from easyedit_wise.routing import routing_activation
-from easyedit_wise.tuner.scope import Route, cache_length
+from easyedit_wise.tuner.route import Route
+from easyedit_wise.tuner.scope import cache_length
 
 LLAMA = LAYERS["llama"]
 N = 6  # tokens to generate

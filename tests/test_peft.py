@@ -327,15 +327,6 @@ def test_disable_adapter_is_the_base_model(any_model: tuple[Any, str]) -> None:
     assert torch.equal(logits(peft_model, INPUTS), edited)
 
 
-def test_rows_are_not_assigned_by_hand(llama: Any) -> None:
-    """Silence would be worse: without a word PEFT would leave the argument out."""
-    peft_model = wrapped(llama)
-    with pytest.raises(ValueError, match=r"adapter_names.*set_adapter"):
-        peft_model(**INPUTS, adapter_names=["default"] * 4)
-    with pytest.raises(ValueError, match=r"adapter_names.*set_adapter"):
-        peft_model.generate(**INPUTS, adapter_names=["default"] * 4, max_new_tokens=1)
-
-
 def test_other_methods_do_not_join(llama: Any) -> None:
     peft_model = wrapped(llama)
     with pytest.raises(ValueError, match=r"different peft types|Cannot combine"):

@@ -30,7 +30,7 @@ from easyedit_wise import WiseConfig, WiseLayer, attach, last_route
 from easyedit_wise.routing import routing_activation
 from easyedit_wise.tuner import router, sketches
 from easyedit_wise.tuner.memory import MERGED
-from easyedit_wise.tuner.scope import Route
+from easyedit_wise.tuner.route import Route
 
 LLAMA = LAYERS["llama"]
 D_IN, D_OUT = 24, 80
@@ -61,7 +61,7 @@ def choice_of(layer: WiseLayer) -> list[int]:
 
 
 def sketched(layer: WiseLayer) -> bool:
-    return layer._sketches._held is not None
+    return layer._sketches._held != ()
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_a_model_decides_alike_in_every_process() -> None:
     choice_of(first)
     torch.manual_seed(5)
     choice_of(second)
-    assert torch.equal(first._sketches._held[1], second._sketches._held[1])
+    assert torch.equal(first._sketches._held[0][1], second._sketches._held[0][1])
 
 
 def test_a_memory_that_is_gone_is_not_kept_alive_nor_mistaken() -> None:
@@ -188,7 +188,34 @@ def test_a_memory_that_is_gone_is_not_kept_alive_nor_mistaken() -> None:
         choice_of(layer)
         fresh = one_layer(*range(seed, seed + 6))
         choice_of(fresh)
-        assert torch.equal(layer._sketches._held[1], fresh._sketches._held[1])
+        assert torch.equal(layer._sketches._held[0][1], fresh._sketches._held[0][1])
+
+
+def test_lists_that_take_turns_are_all_kept_and_none_too_long(made: list[Tensor]) -> None:
+    """Several sets of edits in one layer, asked for one at a time or together."""
+    cache = sketches.SketchCache()
+    law, news = torch.randn(4, 80, 6), torch.randn(5, 80, 6)
+    law, news = list(law.unbind()), list(news.unbind())
+    for _ in range(2):
+        for wanted in (law, news, law + news, news + law):
+            stacked = cache.of(wanted)
+            assert stacked is cache.of(wanted)
+            fresh = sketches.SketchCache().of(wanted)
+            assert torch.equal(stacked, fresh)
+    assert len(made) == 9 + 2 * (4 + 5 + 9 + 9)  # each once here, and every time in a cache of its own
+    held = len(cache._held)
+    grown = list(law)
+    for _ in range(20):  # a stream of edits appends
+        grown.append(torch.randn(80, 6))
+        cache.of(grown)
+    assert len(cache._held) == held  # the grown list replaced the one that it began with
+    news[0].add_(1.0)
+    assert torch.equal(cache.of(news), sketches.SketchCache().of(news))
+    del wanted
+    made.clear()
+    news.clear()
+    cache.of(law)
+    assert len(cache._held) == 2  # of lists with a memory that is gone, or was written to, nothing stays
 
 
 def test_memories_made_in_inference_mode_are_scored_exactly() -> None:

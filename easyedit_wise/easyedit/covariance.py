@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tuner.devices import computing_device
+
 _SAMPLES, _SAMPLE_LENGTH, _BATCH = 128, 64, 64
 _WINDOW = 256
 
@@ -48,7 +50,7 @@ def second_moments_of_samples(
 ) -> tuple[dict[str, Tensor], int]:
     """The same over 128 texts of 64 tokens that the model samples: its own distribution, and no data needed."""
     start = next((i for i in (tok.bos_token_id, tok.eos_token_id, tok.pad_token_id) if i is not None), 0)
-    device = next(model.parameters()).device
+    device = computing_device(model)
     prompt = torch.full((_BATCH, 1), start, device=device)
     written: list[list[list[int]]] = []
     with torch.random.fork_rng():
@@ -74,7 +76,7 @@ def _moments(
     """Over batches of token rows of equal length."""
     if not batches:
         raise ValueError("the text for the covariance statistics has no token: give one with some thousand words.")
-    device = next(model.parameters()).device
+    device = computing_device(model)
     with _collecting(model, modules) as sums:
         for rows in batches:
             with contextlib.suppress(_ReachedLastLayer):

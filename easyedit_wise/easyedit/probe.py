@@ -10,7 +10,8 @@ from torch import nn
 
 from ..evaluation.routed import RoutedPrompt
 from ..routing import MAIN_MEMORY
-from ..tuner.scope import Route
+from ..tuner.devices import computing_device
+from ..tuner.route import Route
 from ..tuner.switch import last_route
 
 
@@ -27,7 +28,7 @@ def probe_routes(model: nn.Module, tok: Any, prompts: Sequence[str], batch_size:
     Raises:
         ValueError: the model carries no edits, or they are switched off.
     """
-    device = next(model.parameters()).device
+    device = computing_device(model)
     encoded = [list(tok(prompt)["input_ids"]) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     routed: dict[int, RoutedPrompt] = {}
@@ -49,11 +50,12 @@ def probe_routes(model: nn.Module, tok: Any, prompts: Sequence[str], batch_size:
 
 def routed_prompt(route: Route, row: int) -> RoutedPrompt:
     """One sequence's route; of a prompt that no memory answers, the memory nearest to its threshold."""
-    choice = int(route.choice[row])
-    if not route.memories:
+    choice, own = int(route.choice[row]), list(route.own(row))
+    if not own:
         return RoutedPrompt(None, 0.0, 0.0)
     scores, epsilon = route.scores[row].float().cpu(), route.epsilon.float().cpu()
-    nearest = choice if choice != MAIN_MEMORY else int((scores / epsilon.clamp(min=1e-12)).argmax())
+    factors = scores[own] / epsilon[own].clamp(min=1e-12)
+    nearest = choice if choice != MAIN_MEMORY else own[int(factors.argmax())]
     return RoutedPrompt(
         memory=route.memories[choice] if choice != MAIN_MEMORY else None,
         score=float(scores[nearest]),

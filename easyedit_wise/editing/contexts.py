@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tuner.devices import computing_device
+
 FIXED_WORDS = ("I", "You", "Because", "Yes", "Q: ")
 FIXED_LENGTHS = (5, 10)
 
@@ -48,7 +50,7 @@ def generate_prefixes(
     """
     if not n_contexts:
         return []
-    device = next(model.parameters()).device
+    device = computing_device(model)
     ids = torch.full((n_contexts, 1), start_token(tok), device=device)
     for _ in range(length):
         # Short sequences: recomputing them is cheaper than depending on a model's cache format.
@@ -72,7 +74,7 @@ def fixed_prefixes(model: nn.Module, tok: Any) -> list[str]:
     Returns:
         Ten texts, as they are decoded, with the word that each begins with.
     """
-    device = next(model.parameters()).device
+    device = computing_device(model)
     eos = getattr(model.config, "eos_token_id", None)
     ends = set(eos if isinstance(eos, (list, tuple)) else [eos])
     continued: list[tuple[int, list[int]]] = []

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..data import neutral_prompts
 from ..hparams import WISEHyperParams
+from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
 from .contexts import as_chat, fixed_prefixes, generate_prefixes
 from .endings import endings
@@ -249,7 +250,7 @@ class PromptRecorder:
         return self.hparams.score_activation is not None
 
     def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return computing_device(self.model)
 
 
 def plain_edits(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hparams import WISEHyperParams
+from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MemoryState
 from .consolidated import train_into, with_elsewhere
@@ -261,7 +262,7 @@ class EditStream:
     # -- shards -------------------------------------------------------------------------------
 
     def _with_live_shard(self) -> list[MemoryState]:
-        device = next(iter(self.layer.get_base_layer().parameters())).device
+        device = computing_device(self.layer.get_base_layer())
         shape = (self.layer.out_features, self.layer.in_features)
         states = self.layer.memories(self.adapter_name)
         return with_live_shard(states, shape, device, self.hparams, self._generator)

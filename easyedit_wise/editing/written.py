@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..tuner.devices import computing_device
 from .contexts import start_token, without_special
 from .scored import ScoredInputs
 
@@ -51,7 +52,7 @@ def written_tokens(model: nn.Module, tok: Any, n_texts: int, length: int, genera
     Returns:
         Token ids, int64, shape (n_texts, length).
     """
-    device = next(model.parameters()).device
+    device = computing_device(model)
     ids = torch.full((n_texts, 1), start_token(tok), device=device)
     cache: Any = None
     for _ in range(length - 1):

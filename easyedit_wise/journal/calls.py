@@ -89,11 +89,12 @@ def journaled(stream: EditStream, folder: str | Path, layer_name: str) -> EditSt
 
 
 def close_journal(model: nn.Module) -> None:
-    """Let another process write to the journal of a model's edits, which the model keeps."""
+    """Let another process write to the journals of a model's edits, which the model keeps."""
     for layer in find_wise_layers(model).values():
-        sink = layer.edit_stream.sink if isinstance(layer.edit_stream, EditStream) else None
-        if isinstance(sink, JournalSink):
-            sink.journal.close()
+        for stream in layer.edit_streams.values():
+            sink = stream.sink if isinstance(stream, EditStream) else None
+            if isinstance(sink, JournalSink):
+                sink.journal.close()
 
 
 def apply_journaled(stream: EditStream, requests: Sequence[EditRequest], on_edit: OnEdit | None = None) -> None:

@@ -94,8 +94,9 @@ def forget(
     """
     Journal(folder).close()  # a journal is not made by forgetting in it
     layers = find_wise_layers(model)
-    stream = next(iter(layers.values())).edit_stream if layers else None
-    if layers and not _writes_to(stream, folder):
+    streams = (one for layer in layers.values() for one in layer.edit_streams.values())
+    stream = next((one for one in streams if _writes_to(one, folder)), None)
+    if layers and stream is None:
         raise JournalError(
             f"this model carries edits, but does not write to the journal {folder}: forget on a freshly loaded model, "
             "or restore this one first."

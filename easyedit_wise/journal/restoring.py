@@ -20,6 +20,7 @@ from ..editing.trainer import EditOutcome
 from ..hparams import WISEHyperParams
 from ..tuner.attach import attach, detach
 from ..tuner.config import WiseConfig
+from ..tuner.devices import computing_device
 from ..tuner.memory import MemoryState
 from ..tuner.model import find_wise_layers
 from .database import JournalError, digest_of
@@ -115,7 +116,7 @@ def put_into(stream: EditStream, journal: Journal, snapshot: SnapshotEntry, edit
     Raises:
         JournalDamagedError: the snapshot does not hold together.
     """
-    device = next(stream.layer.get_base_layer().parameters()).device
+    device = computing_device(stream.layer.get_base_layer())
     shape = (stream.layer.out_features, stream.layer.in_features)
     held = edits[: snapshot.n_edits]
     try:

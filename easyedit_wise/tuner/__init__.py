@@ -5,7 +5,8 @@ from .layer import WiseLayer
 from .memory import MemoryState, SideMemory
 from .model import WiseModel, find_wise_layers
 from .registration import register_with_peft
-from .scope import Route, RoutingScope
+from .route import Route
+from .scope import RoutingScope
 
 __all__ = [
     "MemoryState",

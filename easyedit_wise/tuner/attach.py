@@ -45,7 +45,9 @@ def check_layer(model: nn.Module, parameter: str) -> str:
 
 
 def _is_linear_map(module: nn.Module) -> bool:
-    return isinstance(module, WiseLayer) or (hasattr(module, "weight") and linear_map_shape(module) is not None)
+    # What has sizes but no weight of its own is a container; HQQ and GPTQ name theirs otherwise.
+    has_weight = any(hasattr(module, name) for name in ("weight", "W_q", "qweight"))
+    return isinstance(module, WiseLayer) or (has_weight and linear_map_shape(module) is not None)
 
 
 def _names_that_fit(name: str, fitting: list[str]) -> str:

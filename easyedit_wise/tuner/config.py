@@ -35,6 +35,8 @@ class WiseConfig(PeftConfig):
         modules_to_save: further modules to train and save whole.
         mask_ratio: rho, the share of the matrix that one shard may change.
         seed: seed of the live shard's mask.
+        init_weights: True starts with dW = 0, the unedited model. False draws dW at random, a live shard's inside its
+            mask, so that the memory answers every query: for tests, as in PEFT's other methods.
         pooling: how a sequence's score is pooled over its tokens ("mean", "max", "last").
         score_activation: None for Eq. 3; a name such as "silu" for EasyEdit's variant.
         relative_scores: the score of a token is divided by its activation's norm, and of several memories the one
@@ -61,6 +63,9 @@ class WiseConfig(PeftConfig):
     )
     mask_ratio: float = field(default=0.2, metadata={"help": "rho: share of the matrix a shard may change."})
     seed: int = field(default=42, metadata={"help": "Seed of the live shard's mask."})
+    init_weights: bool = field(
+        default=True, metadata={"help": "True: dW starts at zero. False: it is random, for tests."}
+    )
     pooling: str = field(default="mean", metadata={"help": "Pooling of the score over a sequence's tokens."})
     score_activation: str | None = field(
         default=None, metadata={"help": "None: Eq. 3. A name: EasyEdit's variant with that activation."}

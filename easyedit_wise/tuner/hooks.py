@@ -13,6 +13,8 @@ from .scope import RoutingScope
 
 _MARK = "_wise_routing_hooks"
 _GENERATE_BEFORE = "_wise_generate_before"
+# What ``generate`` may be given its prompts as.
+_PROMPTS = ("inputs", "input_ids", "inputs_embeds")
 
 
 @lru_cache(maxsize=16)
@@ -64,8 +66,11 @@ def _generate_in_scope(model: Any, *args: Any, **kwargs: Any) -> Any:
     generate = model.__dict__.get(_GENERATE_BEFORE) or partial(type(model).generate, model)
     if _MARK not in model.__dict__:  # taken off, but somebody kept the function
         return generate(*args, **kwargs)
-    enter = model._forward_pre_hooks[model.__dict__[_MARK][0].id]
-    with enter.scope.generating():
+    scope = model._forward_pre_hooks[model.__dict__[_MARK][0].id].scope
+    prompts = args[0] if args else next((kwargs[key] for key in _PROMPTS if kwargs.get(key) is not None), None)
+    if isinstance(prompts, Tensor):
+        scope.check_rows(prompts.shape[0])
+    with scope.generating():
         return generate(*args, **kwargs)
 
 

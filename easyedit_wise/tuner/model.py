@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .adapter_tensors import CONTAINER, packed, shapes_in, unpacked
 from .base_check import check_base, take_fingerprints
+from .choosing import rows_asking
 from .config import WiseConfig
 from .hooks import install_hooks, remove_hooks
 from .layer import WiseLayer, find_wise_layers
@@ -80,6 +81,11 @@ class WiseModel(BaseTuner):
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # The memories lie where the layer computes. PEFT's version moves them to where its weight lies, which for an
+        # offloaded layer is nowhere: they would be lost.
+        setattr(parent, child_name, new_module)
+
     def _routing_scope(self) -> RoutingScope:
         """One scope for the whole model, whichever tuner object wrapped the first layer."""
         layers = find_wise_layers(self.model)
@@ -93,19 +99,18 @@ class WiseModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(
-            "merge_and_unload() would make the side memory answer every query, since the router goes with it. "
+            "merging would make the side memory answer every query, since the router goes with it. "
             "Use unload() for the base model, or keep the adapter: it is a small file beside the model."
         )
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT calls this around forward and generate; WISE needs none, but ``adapter_names`` ends up here."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names picks an adapter for each row, but WISE routes each row by its content: leave it out, "
-                "and choose the adapters that take part with base_model.set_adapter([...])."
-            )
-        yield
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Iterator[None]:
+        """PEFT calls this around forward and generate: with ``adapter_names`` each row has its own adapter."""
+        if adapter_names is None:
+            yield
+            return
+        with rows_asking(self.model, find_wise_layers(self.model).values(), adapter_names):
+            yield
 
     def unload(self) -> nn.Module:
         """The base model as it was: the layers, the hooks and ``generate``."""

@@ -20,7 +20,7 @@ from ..routing import (
 from ..screening import SKETCH_ROWS, next_to_score, score_bounds
 from .config import WiseConfig
 from .memory import SideMemory
-from .scope import Route
+from .route import Route
 from .sketches import SketchCache
 
 # With fewer memories their products cost less than the screening.
@@ -36,6 +36,10 @@ class Candidate(NamedTuple):
     name: str
     memory: SideMemory
     config: WiseConfig
+
+    @property
+    def adapter(self) -> str:
+        return self.name.rpartition("/")[0]
 
 
 def follow(route: Route, x: Tensor, base_output: Tensor, candidates: Sequence[Candidate], product: Product) -> Tensor:

@@ -13,91 +13,13 @@ import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..routing import MAIN_MEMORY
-
-
-@dataclass
-class Route:
-    """Where each sequence of a call went.
-
-    Attributes:
-        choice: shape (B,), index into ``memories`` or -1 for the main memory.
-        scores: shape (B, M), Delta_act of each memory, exact or estimated from its sketch.
-        epsilon: shape (M,), each memory's threshold.
-        memories: M names, ``adapter/index``.
-        decided: shape (B,), False where a sequence had no real token yet, so that its turn is still to
-            come (a prompt prefilled in chunks starts with padding only); None: all are decided.
-        exact: bool, shape (B, M), False where a score is an estimate; None: all are exact. A chosen memory's
-            score is exact.
-        rows: for each memory that answers at least one sequence, the sequences' indices on ``choice``'s
-            device; None: all of them.
-    """
-
-    choice: Tensor
-    scores: Tensor
-    epsilon: Tensor
-    memories: tuple[str, ...]
-    decided: Tensor | None = None
-    exact: Tensor | None = None
-    rows: dict[int, Tensor | None] = field(init=False, default_factory=dict)
-    _expanded: dict[int, Route] = field(init=False, default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        # One synchronisation here, at prefill, spares one in every decode step.
-        choice = self.choice.tolist()
-        for index in sorted(set(choice) - {MAIN_MEMORY}):
-            rows = [row for row, chosen in enumerate(choice) if chosen == index]
-            self.rows[index] = None if len(rows) == len(choice) else torch.tensor(rows, device=self.choice.device)
-        if self.decided is not None and bool(self.decided.all()):
-            self.decided = None
-        if self.exact is not None and bool(self.exact.all()):
-            self.exact = None
-
-    @property
-    def active(self) -> tuple[int, ...]:
-        """Indices of the memories that at least one sequence goes to."""
-        return tuple(self.rows)
-
-    def expand(self, rows: int) -> Route | None:
-        """The same route for ``rows`` sequences: as it is, or each repeated for its beams.
-
-        Returns:
-            None when ``rows`` is no multiple of the sequences that were routed.
-        """
-        routed = self.choice.shape[0]
-        if rows == routed:
-            return self
-        if routed == 0 or rows % routed:
-            return None
-        if rows not in self._expanded:  # kept, since every decode step asks
-            repeat = rows // routed
-            self._expanded[rows] = Route(
-                self.choice.repeat_interleave(repeat),
-                self.scores.repeat_interleave(repeat, dim=0),
-                self.epsilon,
-                self.memories,
-                None if self.decided is None else self.decided.repeat_interleave(repeat),
-                None if self.exact is None else self.exact.repeat_interleave(repeat, dim=0),
-            )
-        return self._expanded[rows]
-
-    def describe(self, row: int = 0) -> dict[str, Any]:
-        """The route of one sequence in plain values: memory, score, epsilon, and whether the score is exact."""
-        choice = int(self.choice[row])
-        best = choice if choice != MAIN_MEMORY else (int(self.scores[row].argmax()) if self.memories else None)
-        return {
-            "memory": self.memories[choice] if choice != MAIN_MEMORY else "main",
-            "score": None if best is None else float(self.scores[row, best]),
-            "epsilon": None if best is None else float(self.epsilon[best]),
-            "exact": best is None or self.exact is None or bool(self.exact[row, best]),
-        }
-
+from .asked import Asked, check_count, of_rows
+from .route import Route
 
 Held = dict[int, Route]
 
@@ -110,6 +32,7 @@ class _CallState(threading.local):
     held: Held | None = None
     decided: Held | None = None
     generation: Held | None = None
+    asked: Asked | None = None
 
 
 class RoutingScope:
@@ -139,6 +62,35 @@ class RoutingScope:
         finally:
             self._call.generation = outer
 
+    @contextmanager
+    def asking(self, asked: Asked) -> Iterator[None]:
+        """Calls made inside, by this thread, are routed among the adapters that their rows ask for."""
+        outer = self._call.asked
+        self._call.asked = asked
+        try:
+            yield
+        finally:
+            self._call.asked = outer
+
+    def check_rows(self, n_rows: int) -> None:
+        """Before a generation: its prompts are as many as the names that are asked for.
+
+        Raises:
+            ValueError: another number.
+        """
+        if self._call.asked is not None:
+            check_count(self._call.asked, n_rows)
+
+    def asked_by(self, n_rows: int) -> tuple[str, ...] | None:
+        """The adapter that each of a layer's rows asks for; None: the active ones.
+
+        Raises:
+            ValueError: another number of rows than of names.
+        """
+        asked = self._call.asked
+        # Beams and samples exist inside a generation only.
+        return None if asked is None else of_rows(asked, n_rows, repeated=self._call.generation is not None)
+
     def begin(self, attention_mask: Any, cache: Any, shape: tuple[int, int] | None) -> None:
         """A call of the top model starts.
 
@@ -147,8 +99,13 @@ class RoutingScope:
                 static cache, (B, 1, T, cache size), one for each kind of attention.
             cache: the key-value cache as given, or None.
             shape: (B, T), the sequences and new tokens of this call, if known.
+
+        Raises:
+            ValueError: other than B names were asked for.
         """
         call = self._call
+        if call.asked is not None and shape is not None:
+            check_count(call.asked, shape[0], repeated=call.generation is not None)
         call.shape = shape
         n_cached = cache_length(cache)
         call.token_mask = real_tokens(attention_mask, shape, n_cached)

@@ -14,6 +14,8 @@ from ..screening import random_projection, sketch
 
 # Fixed, so that a model decides alike in every process; nothing that is edited depends on it.
 _SEED = 20240523
+# Lists of memories that are kept: the adapters that rows ask for by turns, each by itself, and all of them.
+_LISTS = 8
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class _Made:
     def is_of(self, delta_weight: Tensor, mark: tuple[Any, ...]) -> bool:
         return self.source() is delta_weight and self.mark == mark
 
+    def is_current(self) -> bool:
+        delta_weight = self.source()
+        return delta_weight is not None and _mark(delta_weight) == self.mark
+
 
 def _mark(delta_weight: Tensor) -> tuple[Any, ...]:
     # In-place writes raise the version; swapping ``.data`` changes the address.
@@ -38,7 +44,7 @@ class SketchCache:
 
     def __init__(self) -> None:
         # Replaced as a whole, never written to: two threads may serve one model.
-        self._held: tuple[list[_Made], Tensor] | None = None
+        self._held: tuple[tuple[list[_Made], Tensor], ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SketchCache:
         copied = type(self)()
@@ -50,7 +56,7 @@ class SketchCache:
 
     def clear(self) -> None:
         """Forget all sketches."""
-        self._held = None
+        self._held = ()
 
     @torch.no_grad()
     def of(self, delta_weights: Sequence[Tensor]) -> Tensor | None:
@@ -65,12 +71,13 @@ class SketchCache:
         if any(delta_weight.is_inference() for delta_weight in delta_weights):
             return None
         marks = [_mark(delta_weight) for delta_weight in delta_weights]
-        made, stacked = self._held or ([], None)
-        if stacked is not None and len(made) == len(marks) and all(map(_Made.is_of, made, delta_weights, marks)):
-            return stacked
+        held = self._held
+        for made, stacked in held:
+            if len(made) == len(marks) and all(map(_Made.is_of, made, delta_weights, marks)):
+                return stacked
         d_out, device = delta_weights[0].shape[0], delta_weights[0].device
         projection = random_projection(d_out, torch.Generator().manual_seed(_SEED)).to(device)
-        usable = {id(one.source()): one for one in made}
+        usable = {id(one.source()): one for made, _ in held for one in made}
         sketches = []
         for delta_weight, mark in zip(delta_weights, marks, strict=True):
             earlier = usable.get(id(delta_weight))
@@ -80,5 +87,11 @@ class SketchCache:
         entries = [
             _Made(weakref.ref(dw), mark, row) for dw, mark, row in zip(delta_weights, marks, stacked, strict=True)
         ]
-        self._held = (entries, stacked)
+        # A list that this one merely goes on from (a memory was appended) is not asked for again.
+        kept = [entry for entry in held if all(map(_Made.is_current, entry[0])) and not _begins(entries, entry[0])]
+        self._held = ((entries, stacked), *kept[: _LISTS - 1])
         return stacked
+
+
+def _begins(entries: Sequence[_Made], start: Sequence[_Made]) -> bool:
+    return len(start) < len(entries) and all(a.source() is b.source() for a, b in zip(entries, start, strict=False))
