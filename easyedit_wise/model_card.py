@@ -75,16 +75,17 @@ def model_card(
     config = layer.wisemem_config[adapter_name]
     base = config.base_model_name_or_path or None
     stream = layer.edit_streams.get(adapter_name)
-    known = isinstance(stream, EditStream) and stream.adapter_name == adapter_name
+    if not isinstance(stream, EditStream) or stream.adapter_name != adapter_name:
+        stream = None
     parts = [
         _header(base, config),
         f"# Edits of {plain(base)}" if base else "# Edits",
         _introduction(layer_name, layer, config),
-        *_edits(stream.held if known else ()),
+        *_edits(stream.held if stream is not None else ()),
         *_memories(layer, adapter_name),
         *_scores(scores or {}),
         _use(base),
-        *_settings(stream.hparams if known else None),
+        *_settings(stream.hparams if stream is not None else None),
         "## Versions",
         ", ".join(f"{name} {_version(name)}" for name in _PACKAGES),
     ]

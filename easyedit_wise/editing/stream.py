@@ -106,7 +106,7 @@ class EditStream:
     def apply(
         self,
         requests: Sequence[EditRequest],
-        on_edit: Callable[[int, EditRequest, EditOutcome], None] | None = None,
+        on_edit: Callable[[int, EditRequest, EditOutcome], object] | None = None,
         on_iteration: Callable[[int, float], None] | None = None,
     ) -> list[EditOutcome]:
         """Make the edits in order, ``batch_size`` of them together. Each batch is committed as a whole.

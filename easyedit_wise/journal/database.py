@@ -140,7 +140,7 @@ class Database:
             raise JournalDamagedError(self._damaged("it has no version"))
 
     def _number(self, pragma: str) -> int:
-        return int(self.rows(f"PRAGMA {pragma}")[0][0])
+        return int(str(self.rows(f"PRAGMA {pragma}")[0][0]))
 
     def close(self) -> None:
         """Close the file and let others write."""

@@ -39,7 +39,7 @@ from .writing import JournalWriter
 
 LOG = logging.getLogger(__name__)
 
-OnEdit = Callable[[int, EditRequest, EditOutcome], None]
+OnEdit = Callable[[int, EditRequest, EditOutcome], object]
 
 
 def attached(
