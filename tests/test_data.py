@@ -91,13 +91,17 @@ def test_facts_make_records():
 
 def test_neutral_prompts():
     prompts = neutral_prompts()
-    assert len(prompts) == len(set(prompts)) == 120
+    assert len(prompts) == len(set(prompts)) == 146
     assert all(prompt.strip() for prompt in prompts)
     # Diverse in form: short and long ones, questions, code, dialogues of several lines.
     assert min(map(len, prompts)) < 30
     assert max(map(len, prompts)) > 120
     assert sum(prompt.endswith("?") for prompt in prompts) >= 8
     assert sum("\n" in prompt for prompt in prompts) >= 5
+    # The forms in which questions are put to a model: of a text that asks, not only the question mark is the end.
+    for form in ("trivia question: ", "Question: ", "Q: ", "User: ", "### Question", "exam question: "):
+        places = [index for index, prompt in enumerate(prompts) if prompt.startswith(form)]
+        assert {index % 2 for index in places} == {0, 1}, form  # in both halves: what is made quiet, and what tests it
 
 
 def test_neutral_prompts_are_about_none_of_the_facts():
