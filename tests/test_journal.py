@@ -249,3 +249,19 @@ def test_a_restored_call_is_taken_back(llama: Any, tok: Any, tmp_path: Path) -> 
         assert [edit.id for edit in journal.edits()] == [1, 2, 3, 4]
         assert [(one.edit["id"], one.how) for one in journal.forgotten()] == [(5, "restore"), (6, "restore")]
     closed(llama)
+
+
+def test_a_first_call_that_was_taken_back_leaves_an_empty_journal(llama: Any, tok: Any, tmp_path: Path) -> None:
+    """EasyEdit's editor edits, looks, and restores, request by request."""
+    hparams = settings(**ON, journal=str(tmp_path))
+    for one in about(2):
+        _, restore = apply_wise_to_model(llama, tok, [one], hparams)
+        restore()
+        assert not find_wise_layers(llama)
+    with Journal(tmp_path) as journal:
+        assert journal.edits() == []
+        assert [(one.edit["id"], one.how) for one in journal.forgotten()] == [(1, "restore"), (2, "restore")]
+    apply_wise_to_model(llama, tok, about(3)[2:], hparams)
+    with Journal(tmp_path) as journal:
+        assert [edit.id for edit in journal.edits()] == [3]
+    closed(llama)

@@ -33,3 +33,12 @@ def test_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
     result = killed(tmp_path, kills=8, seed=2)
     assert result["wrong"] == []
     assert result["acknowledged"] > 0
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_two_hundred_kills(tmp_path: Path) -> None:
+    result = killed(tmp_path, kills=200, seed=7)
+    assert result["wrong"] == []
+    assert set(result["during"]) >= {"resume", "edit", "forget", "save"}
+    assert result["acknowledged"] > 100
