@@ -303,7 +303,7 @@ def test_an_edit_is_answered_by_its_memory_and_other_prompts_are_not(make_model:
 
     assert [answered_by(edit.prompt) for edit in EDITS[:2]] == [0, 0]
     # A random model tells prompts apart badly, but most of the others stay in the main memory.
-    assert [answered_by(prompt) for prompt in neutral_prompts()[:20]].count(-1) > 12
+    assert [answered_by(prompt) for prompt in neutral_prompts()[:20]].count(-1) > 10
 
 
 # -- what an edit trains on -----------------------------------------------------------------------

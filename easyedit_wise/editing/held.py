@@ -59,7 +59,7 @@ class Committed:
 
     Attributes:
         requests: the edits, in order.
-        outcomes: of each, without dW.
+        outcomes: of each, with the shard's dW.
         recorded: each as the router sees it.
         scores: Delta_act of each in its memory.
         mask: of the shard that they went into, bool, shape (d_out, d_in).

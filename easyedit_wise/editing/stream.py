@@ -141,7 +141,7 @@ class EditStream:
                 self.restore(before)
                 raise
             del before  # or a dW that was replaced would live on
-            outcomes += made.outcomes
+            outcomes += [replace(outcome, delta_weight=None) for outcome in made.outcomes]
             for index, (request, outcome) in enumerate(zip(batch, made.outcomes, strict=True), done):
                 if on_edit is not None:
                     on_edit(index, request, outcome)
@@ -215,9 +215,8 @@ class EditStream:
             states[-1] = states[-1].with_(epsilon=self._threshold(scores, learned, place))
         self._open_shard = shard
         self.layer.install(self.adapter_name, self._closed_if_full(states, shard.n_tokens))
-        outcomes = [replace(one, delta_weight=None) for one in made]
         new = scores[len(scores) - len(requests) :]
-        return Committed(requests, outcomes, recorded, new, live.mask, place, generator_state)
+        return Committed(requests, made, recorded, new, live.mask, place, generator_state)
 
     def _train(
         self, task: EditTask, live: MemoryState, label: str, on_iteration: Callable[[int, float], None] | None
