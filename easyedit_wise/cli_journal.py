@@ -31,7 +31,8 @@ def run_log(folder: Path, console: Console) -> None:
         console.print(log_table([vars(edit) for edit in edits], [vars(one) for one in journal.forgotten()]))
     n_memories = 0 if snapshot is None else len(snapshot.states)
     where = "" if facts is None else f" in {facts.layer} of {facts.model or 'a model without a name'}"
-    console.print(f"{len(edits)} edits, {n_memories} side memories{where}", soft_wrap=True)
+    memories = "1 side memory" if n_memories == 1 else f"{n_memories} side memories"
+    console.print(f"{len(edits)} edits, {memories}{where}; times are in UTC", soft_wrap=True)
     if left is not None and left.requests:
         console.print(
             f"{len(left.requests)} edits of the last call are not made yet: easyedit-wise resume {folder}",

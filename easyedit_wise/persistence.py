@@ -98,6 +98,8 @@ def save_edits(
         record = sealed(_edits_record(layer, layer_name, adapter_name), aside)
         (aside / EDITS_FILE).write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
         (aside / CARD_FILE).write_text(model_card(layer_name, layer, adapter_name, scores), encoding="utf-8")
+        # safetensors lets nobody but the owner read what it writes, and a folder of edits is to be passed on.
+        (aside / WEIGHTS_FILE).chmod((aside / CONFIG_FILE).stat().st_mode & 0o777)
         aside.chmod(0o755)
         sync(aside)
         replace_folder(aside, target)

@@ -684,3 +684,11 @@ def test_tensors_are_not_shared_with_the_file_or_the_model(folder: Path, make_mo
     only_layer(one).install("default", [memory(only_layer(one), 3)])
     load_edits(one, folder)
     assert torch.equal(logits(one, INPUTS), edited)
+
+
+def test_all_files_may_be_read_by_whom_the_others_may(llama: Any, tok: Any, tmp_path: Path) -> None:
+    apply_wise_to_model(llama, tok, requests(1), settings())
+    folder = save_edits(llama, tmp_path / "edits")
+    modes = {path.stat().st_mode & 0o777 for path in folder.iterdir()}
+    (tmp_path / "other").write_text("", encoding="utf-8")
+    assert modes == {(tmp_path / "other").stat().st_mode & 0o777}

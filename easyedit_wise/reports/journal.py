@@ -21,7 +21,7 @@ def shortened(text: str, longest: int = _LONGEST) -> str:
 
 
 def log_table(edits: Sequence[Mapping[str, Any]], taken_back: Sequence[Mapping[str, Any]]) -> Table:
-    """One row an edit; those that were taken back at the end, struck out.
+    """One row an edit; those that were taken back at the end, with "gone" for their memory, and when that was.
 
     Args:
         edits: of the journal, as plain values (``EditEntry``).
@@ -32,13 +32,18 @@ def log_table(edits: Sequence[Mapping[str, Any]], taken_back: Sequence[Mapping[s
         table.add_column(name, justify=justify)  # type: ignore[arg-type]  # one of rich's literals
     for name in ("score", "epsilon", "s"):
         table.add_column(name, justify="right")
-    table.add_column("made")
+    table.add_column("made, or gone", no_wrap=True)
     for edit in edits:
-        table.add_row(*_cells(edit), str(edit["made"]))
+        table.add_row(*_cells(edit), _minute(edit["made"]))
     for one in taken_back:
-        cells = [Text(cell, style="strike dim") for cell in _cells(one["edit"])]
-        table.add_row(*cells, f"taken back {one['when']}")
+        cells = [Text(cell, style="dim") for cell in _cells({**one["edit"], "memory": "gone"})]
+        table.add_row(*cells, Text(_minute(one["when"]), style="dim"))
     return table
+
+
+def _minute(when: str) -> str:
+    """An ISO time, in UTC, as it is read: "2024-05-23 17:59"."""
+    return when[:16].replace("T", " ")
 
 
 def _cells(edit: Mapping[str, Any]) -> list[str]:
