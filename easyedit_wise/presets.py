@@ -19,7 +19,7 @@ DEFAULT, MARGIN, PAPER, UPSTREAM = "default", "margin", "paper", "upstream"
 # What is edited and where, not how: no preset names these.
 NOT_OF_THE_METHOD = frozenset(
     {"inner_params", "model_name", "alg_name", "device", "use_chat_template", "seed", "batch_size", "max_length"}
-    | {"model_parallel", "fp16", "save_path", "load_path"}
+    | {"model_parallel", "fp16", "save_path", "load_path", "journal"}
 )
 
 _PAPER: dict[str, Any] = {

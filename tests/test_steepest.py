@@ -94,7 +94,7 @@ def test_what_it_trained_to_is_one_matrix_and_quiet(problem: Any) -> None:
         delta_weight = torch.linalg.lstsq(tokens.double(), outputs.double(), driver="gelsd").solution.T.float()
         assert _relative(tokens @ delta_weight.T, outputs) < 1e-3
         heard.append(float(((delta_weight @ equations.quiet) * delta_weight).sum() / outputs.square().sum()))
-    assert heard[0] < 0.8 * heard[1]
+    assert heard[0] < 0.9 * heard[1]
 
 
 def test_an_edit_that_overflows_is_an_error(problem: Any) -> None:
