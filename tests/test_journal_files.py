@@ -175,6 +175,26 @@ def test_a_full_disk_takes_the_edit_back(llama: Any, tok: Any, tmp_path: Path) -
         assert [edit.request["prompt"] for edit in journal.edits()] == [one["prompt"] for one in about(3)]
 
 
+@pytest.mark.parametrize("step", ["keep_note", "commit"])
+def test_whatever_cannot_be_written_model_and_journal_agree(
+    llama: Any, tok: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def full(*_: Any) -> None:
+        raise JournalError("the disk is full")
+
+    hparams = settings(**ON, journal=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalWriter, step, full)
+        with pytest.raises(JournalError, match="the disk is full"):
+            apply_wise_to_model(llama, tok, about(2), hparams)
+    with Journal(tmp_path) as journal:
+        assert journal.edits() == []
+    apply_wise_to_model(llama, tok, about(2), hparams)
+    with Journal(tmp_path) as journal:
+        assert len(journal.edits()) == len(stream_on(llama).held) == 2
+    closed(llama)
+
+
 def test_the_base_model_is_as_before_when_a_journal_is_damaged(journal: Path, llama: Any, tok: Any) -> None:
     altered(journal, "DELETE FROM blobs")
     with pytest.raises(JournalDamagedError):

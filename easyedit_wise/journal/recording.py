@@ -105,15 +105,23 @@ class JournalSink:
         blobs: dict[str, bytes] = {}
         edits = _edit_entries(stream, batch, call, ids, elapsed, blobs)
         snapshot = self._snapshot(stream, blobs)
-        self.chain = self.journal.commit(edits, snapshot, blobs, self.line)
+        # Before the edits: if anything fails behind their transaction, they would be in the journal and not on the model.
         self._keep_texts(stream.model)
+        self.chain = self.journal.commit(edits, snapshot, blobs, self.line)
+        self._complete_at(snapshot)
         self._call = (call, ids[len(edits) :])
         self._since = time.monotonic()
 
     def rewound(self, stream: EditStream) -> None:
         """The stream was put back to where it had fewer edits."""
         blobs: dict[str, bytes] = {}
-        self.chain = self.journal.rewind(self._snapshot(stream, blobs), blobs, now())
+        snapshot = self._snapshot(stream, blobs)
+        self.chain = self.journal.rewind(snapshot, blobs, now())
+        self._complete_at(snapshot)
+
+    def _complete_at(self, snapshot: SnapshotEntry) -> None:
+        if snapshot.complete:
+            self.state_at = snapshot.n_edits
 
     def _snapshot(self, stream: EditStream, blobs: dict[str, bytes]) -> SnapshotEntry:
         held = stream.snapshot()
@@ -126,8 +134,6 @@ class JournalSink:
         if not complete and open_shard is not None and n_edits - self.state_at >= _STATE_EVERY:
             values, tensors = pack_open_shard(open_shard)
             packed, complete = _put(to_bytes(tensors), blobs), True
-        if complete:
-            self.state_at = n_edits
         states = [_state_entry(state, blobs) for state in memories]
         return SnapshotEntry(
             n_edits,
