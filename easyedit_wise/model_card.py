@@ -198,9 +198,8 @@ base = model.unload()
 def _settings(hparams: WISEHyperParams | None) -> Iterable[str]:
     if hparams is None:
         return
-    here = hparams.to_dict()
     defaults = WISEHyperParams(inner_params=list(hparams.inner_params)).to_dict()
-    rows = [(name, value, defaults[name]) for name, value in here.items() if value != defaults[name]]
+    rows = [(name, value, defaults[name]) for name, value in hparams.changes().items()]
     yield "## Settings"
     if not rows:
         yield "The defaults."

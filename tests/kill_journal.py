@@ -48,7 +48,7 @@ def slow_disk() -> None:
         time.sleep(random.random() * 0.01)
         real(self, statement, *values)
 
-    Database.run = run  # type: ignore[method-assign]
+    Database.run = run  # type: ignore[method-assign]  # in this process only
 
 
 def say(pipe: int, *message: Any) -> None:
@@ -164,7 +164,10 @@ def main(root: Path, kills: int, seed: int) -> dict[str, Any]:
     slow_disk()
     dice = random.Random(seed)
     tok, base = build_tokenizer(), build_model("llama")
-    make = lambda: copy.deepcopy(base)  # noqa: E731
+
+    def make() -> Any:
+        return copy.deepcopy(base)
+
     # Once without a journal, so that nothing is imported or compiled within the time that a child has.
     apply_wise_to_model(make(), tok, [{"prompt": FACTS[0][0], "target_new": FACTS[0][1]}], settings(**QUICK))
     wrong: list[str] = []

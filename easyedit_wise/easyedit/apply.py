@@ -199,14 +199,13 @@ def _save(model: nn.Module, adapter_name: str, path: str) -> None:
 
 
 def _restore(model: nn.Module, stream: EditStream, before: Snapshot, fresh: bool) -> None:
-    if isinstance(stream.sink, JournalSink) and not stream.sink.journal.database.closed:
+    sink = stream.sink if isinstance(stream.sink, JournalSink) and not stream.sink.journal.database.closed else None
+    if sink is not None or not fresh:
         stream.restore(before)
-        stream.sink.rewound(stream)
-        if fresh:
-            stream.sink.journal.close()
+    if sink is not None:
+        sink.rewound(stream)
     if fresh:
+        close_journal(model)
         detach(model)
         if getattr(model.__dict__.get("save"), "func", None) is _save:
             del model.__dict__["save"]
-    else:
-        stream.restore(before)

@@ -16,7 +16,7 @@ from .database import JournalError
 from .entries import CallEntry, request_from, request_values
 from .journal import OPEN, Journal
 from .recording import JournalSink
-from .restoring import OnEdit, fresh_sink, going_on
+from .restoring import OnEdit, going_on
 from .writing import JournalWriter
 
 
@@ -77,7 +77,7 @@ def journaled(stream: EditStream, folder: str | Path, layer_name: str) -> EditSt
     journal = JournalWriter(folder)
     try:
         if journal.facts() is None:
-            stream.sink = fresh_sink(journal, layer_name)
+            stream.sink = JournalSink(journal, layer_name)
             return stream
         settings, adapter_name = stream.hparams, stream.adapter_name
         going = going_on(stream.model, stream.tok, journal, adapter_name=adapter_name)
@@ -106,7 +106,7 @@ def apply_journaled(stream: EditStream, requests: Sequence[EditRequest], on_edit
     Args:
         stream: with a journal.
         requests: validated requests.
-        on_edit: called after each edit, also for those that an earlier process made.
+        on_edit: called after each edit that is made here.
 
     Raises:
         JournalError: the stream has no journal, or it cannot be written to.

@@ -17,7 +17,7 @@ from ..editing.stream import EditStream
 from ..tuner.attach import detach
 from ..tuner.model import find_wise_layers
 from .database import JournalError
-from .entries import NO_CHAIN, EditEntry, ForgottenEntry
+from .entries import EditEntry, ForgottenEntry
 from .journal import PENDING, Journal
 from .recording import JournalSink, now
 from .restoring import OnEdit, fresh_stream, make_again, rebuild, sink_of
@@ -130,16 +130,13 @@ def _writes_to(stream: Any, folder: str | Path) -> bool:
 def _make_without(stream: EditStream, journal: JournalWriter, plan: Plan, on_edit: OnEdit | None) -> None:
     if not plan.done and journal.note("pending") != _note(plan):
         journal.begin_pending(_note(plan))
-    first = journal.calls()[0][2]
     settings = stream.hparams
-    stream.use(stream.tok, stream.hparams.from_dict(first.settings))
-    state_at = rebuild(stream, journal, PENDING, plan.n_kept)
-    last = journal.snapshot(PENDING) or journal.complete_snapshot(plan.n_kept)
-    facts = journal.facts()
-    sink = JournalSink(
-        journal, "" if facts is None else facts.layer, PENDING, NO_CHAIN if last is None else last.chain, state_at
-    )
-    make_again(stream, plan.again[plan.done :], {number: call for number, _, call in journal.calls()}, sink, on_edit)
+    try:
+        stream.use(stream.tok, settings.from_dict(journal.calls()[0][2].settings))
+        state_at = rebuild(stream, journal, PENDING, plan.n_kept)
+        sink = sink_of(journal, state_at, PENDING, plan.n_kept)
+        make_again(stream, journal, plan.again[plan.done :], sink, on_edit)
+    finally:
+        stream.use(stream.tok, settings)
     journal.adopt_pending(plan.n_kept, ForgottenEntry(asdict(plan.edit), now(), "forget"))
     stream.sink = sink_of(journal, sink.state_at)
-    stream.use(stream.tok, settings)

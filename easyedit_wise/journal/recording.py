@@ -105,7 +105,7 @@ class JournalSink:
         blobs: dict[str, bytes] = {}
         edits = _edit_entries(stream, batch, call, ids, elapsed, blobs)
         snapshot = self._snapshot(stream, blobs)
-        # Before the edits: if anything fails behind their transaction, they would be in the journal and not on the model.
+        # Before the edits: what failed behind their transaction would leave them in the journal, not on the model.
         self._keep_texts(stream.model)
         self.chain = self.journal.commit(edits, snapshot, blobs, self.line)
         self._complete_at(snapshot)

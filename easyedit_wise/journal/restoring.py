@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
@@ -203,14 +203,14 @@ def rebuild(
     else:
         put_into(stream, journal, snapshot, edits)
     done = snapshot.n_edits if snapshot is not None else 0
-    make_again(stream, edits[done:], {number: call for number, _, call in journal.calls()}, None, on_edit)
+    make_again(stream, journal, edits[done:], None, on_edit)
     return done
 
 
 def make_again(
     stream: EditStream,
+    journal: Journal,
     edits: Sequence[EditEntry],
-    calls: Mapping[int, CallEntry],
     sink: JournalSink | None,
     on_edit: OnEdit | None = None,
 ) -> None:
@@ -218,12 +218,13 @@ def make_again(
 
     Args:
         stream: where they go.
+        journal: the journal.
         edits: which, in order.
-        calls: the journal's calls by number.
         sink: told of them; None: nobody is.
         on_edit: called after each.
     """
     stream.sink = sink
+    calls = {number: call for number, _, call in journal.calls()}
     for number, group in groupby(edits, key=lambda edit: edit.call):
         some = list(group)
         stream.use(stream.tok, _settings(calls[number]))
@@ -273,17 +274,14 @@ def going_on(
     return stream
 
 
-def fresh_sink(journal: JournalWriter, layer_name: str) -> JournalSink:
-    """What writes the first edits of a new journal."""
-    return JournalSink(journal, layer_name)
-
-
-def sink_of(journal: JournalWriter, state_at: int) -> JournalSink:
-    """What writes the next edits of a journal's stream."""
-    facts, snapshot = journal.facts(), journal.snapshot()
+def sink_of(journal: JournalWriter, state_at: int, line: int = STREAM, n_kept: int = 0) -> JournalSink:
+    """What writes the next edits of a line; arguments as for :func:`rebuild`, which returns ``state_at``."""
+    facts, snapshot = journal.facts(), journal.snapshot(line)
     if facts is None:
         raise JournalError(f"no edit was ever asked for in the journal {journal.folder}.")
-    return JournalSink(journal, facts.layer, STREAM, NO_CHAIN if snapshot is None else snapshot.chain, state_at)
+    if snapshot is None and line == PENDING:
+        snapshot = journal.complete_snapshot(n_kept)
+    return JournalSink(journal, facts.layer, line, NO_CHAIN if snapshot is None else snapshot.chain, state_at)
 
 
 def _settings(call: CallEntry) -> WISEHyperParams:

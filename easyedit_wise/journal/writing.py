@@ -56,14 +56,6 @@ class JournalWriter(Journal):
         with self.database.transaction():
             self._put_fact(key, json.dumps(dict(values)))
 
-    def keep_blobs(self, key: str, blobs: Mapping[str, bytes]) -> None:
-        """Keep some bytes, each under its name, as the note ``key``; see :meth:`note` and :meth:`blob`."""
-        with self.database.transaction():
-            self.database.run("DELETE FROM links WHERE owner = ?", key)
-            digests = {name: self._put_blob(data) for name, data in blobs.items()}
-            self._put_fact(key, json.dumps(digests))
-            self._link(STREAM, key, 0, set(digests.values()))
-
     def commit(
         self, edits: Sequence[EditEntry], snapshot: SnapshotEntry, blobs: Mapping[str, bytes], line: int = STREAM
     ) -> str:

@@ -112,7 +112,7 @@ def shapes_in(layers: Mapping[str, nn.Module]) -> Callable[[str], tuple[int, int
     shapes = {
         name.removeprefix(_PEFT_PREFIX): (layer.out_features, layer.in_features) for name, layer in layers.items()
     }
-    return lambda name: shapes.get(name.removeprefix(_PEFT_PREFIX))  # type: ignore[return-value]
+    return lambda name: shapes.get(name.removeprefix(_PEFT_PREFIX))  # type: ignore[return-value]  # PEFT's sizes are untyped
 
 
 def check_save_dtype(save_dtype: str) -> None:
