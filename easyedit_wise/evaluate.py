@@ -1,15 +1,15 @@
 """``easyedit-wise evaluate``: runs of the lifelong protocol, one result file each.
 
 Every run has a fresh model. Its file's name carries a digest of all that decides its outcome, so a run whose file is
-there is read back instead of being computed again. While a run is under way, the checkpoints that it has reached stand
-in a file of the same name that ends in ``.unfinished``.
+there is read back instead of being computed again. A run of WISE that was stopped goes on from its journal
+(:mod:`.evaluate_unfinished`).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ import torch
 from rich.console import Console
 from tqdm.auto import tqdm
 
-from .easyedit.algorithms import make_editor
+from .easyedit.algorithms import WISE, make_editor
+from .easyedit.wise_stream import WiseStream
 from .evaluate_options import EvaluateOptions, config_of
 from .evaluate_streams import PROTOCOL, Stream, file_name, run_settings, streams_of
+from .evaluate_unfinished import UnfinishedRun
 from .evaluation.datasets import read_dataset
 from .evaluation.final import Baseline, collect_baseline
-from .evaluation.lifelong import Checkpoint, run_stream
+from .evaluation.lifelong import Checkpoint, StreamEditor, run_stream
 from .evaluation.scores import summarise
 from .evaluation.smollm2 import smollm2_checkpoint
 from .machine import machine_info
@@ -59,21 +61,15 @@ def run_evaluate(options: EvaluateOptions) -> list[dict[str, Any]]:
                     results.append(json.loads(path.read_text(encoding="utf-8")))
                     continue
                 console.rule(f"{alg} on {stream.name}, {len(stream.edits.records)} edits, seed {seed}")
+                unfinished = UnfinishedRun(path, alg == WISE and options.journal, options.again)
                 if baseline is None:
                     console.print("Asking the unedited model ...", highlight=False)
                     baseline = collect_baseline(
                         loader.fresh(), loader.tok, stream.edits.records, options.max_new_tokens, options.batch_size
                     )
-                path.parent.mkdir(parents=True, exist_ok=True)
-                unfinished = path.with_suffix(".unfinished")
-
-                def save_unfinished(result: dict[str, Any], to: Path = unfinished) -> None:
-                    _write(result | {"machine": machine}, to)
-
-                result = _run(options, loader, alg, stream, seed, settings, baseline, save_unfinished)
-                results.append(result | {"machine": machine})
-                _write(results[-1], unfinished)
-                unfinished.replace(path)
+                run = _Run(options, alg, stream, settings, baseline, unfinished, machine)
+                results.append(run(loader.fresh(), loader.tok, console))
+                unfinished.finish(results[-1])
                 console.print(f"Result: {path}", highlight=False)
     for table in lifelong_tables(results):
         console.print(table)
@@ -111,55 +107,86 @@ class _Models:
         return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype).to(self._options.device).eval()
 
 
-def _run(
-    options: EvaluateOptions,
-    loader: _Models,
-    alg: str,
-    stream: Stream,
-    seed: int,
-    settings: dict[str, Any],
-    baseline: Baseline,
-    on_checkpoint: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """One run; ``on_checkpoint`` is given the result as far as it is, at each checkpoint before the last."""
-    texts = _texts(options.stats_text) if options.stats_text else None
-    config = settings["hparams"]
-    editor, effective = make_editor(alg, loader.fresh(), loader.tok, config, seed, texts)
-    n = len(stream.edits.records)
-    reached: list[Checkpoint] = []
+class _Run:
+    """One run: the edits that are left of it are made, and its checkpoints scored."""
 
-    def result() -> dict[str, Any]:
+    def __init__(
+        self,
+        options: EvaluateOptions,
+        alg: str,
+        stream: Stream,
+        settings: dict[str, Any],
+        baseline: Baseline,
+        unfinished: UnfinishedRun,
+        machine: dict[str, Any],
+    ) -> None:
+        self._options, self._alg, self._stream, self._settings = options, alg, stream, settings
+        self._baseline, self._unfinished, self._machine = baseline, unfinished, machine
+        self._checkpoints = list(unfinished.checkpoints)
+        self._resumed_after = list(unfinished.resumed_after)
+
+    def __call__(self, model: Any, tok: Any, console: Console) -> dict[str, Any]:
+        """Run it.
+
+        Raises:
+            ValueError: settings that do not fit, or files of an unfinished run that do not fit together.
+        """
+        options, seed, n = self._options, self._settings["seed"], len(self._stream.edits.records)
+        texts = _texts(options.stats_text) if options.stats_text else None
+        config, journal = self._settings["hparams"], self._unfinished.journal
+        editor, effective = make_editor(self._alg, model, tok, config, seed, texts, journal)
+        made, seconds = (editor.made, editor.made_seconds) if isinstance(editor, WiseStream) else (0, 0.0)
+        if made:
+            console.print(f"Going on after {made} edits, which a stopped run had made.", highlight=False)
+            self._resumed_after.append(made)
+        try:
+            with tqdm(total=n, initial=made, desc=self._alg, unit="edit") as bar:
+
+                def scored(checkpoint: Checkpoint) -> None:
+                    first = next(iter(checkpoint.scores.values()))
+                    bar.set_postfix(T=checkpoint.edits, rel=f"{first.reliability:.2f}")
+                    self._reached(checkpoint)
+                    if checkpoint.edits < n:
+                        self._unfinished.save(self._result(editor, effective))
+
+                run_stream(
+                    editor,
+                    tok,
+                    self._stream.edits,
+                    self._baseline,
+                    self._settings["checkpoints"],
+                    options.batch_size,
+                    on_edit=lambda: _advance(bar),
+                    on_checkpoint=scored,
+                    made=made,
+                    made_seconds=seconds,
+                    scored=self._unfinished.scored,
+                )
+            return self._result(editor, effective)
+        finally:
+            if isinstance(editor, WiseStream):
+                editor.close()
+
+    def _reached(self, checkpoint: Checkpoint) -> None:
+        """Each edit's own scores are kept of the last checkpoint only."""
+        for earlier in self._checkpoints:
+            for scores in earlier["scores"].values():
+                scores.pop("rows", None)
+        self._checkpoints.append(checkpoint.to_dict())
+
+    def _result(self, editor: StreamEditor, effective: dict[str, Any]) -> dict[str, Any]:
         return {
             "protocol": PROTOCOL,
-            "stream": stream.name,
-            "settings": settings,
+            "stream": self._stream.name,
+            "settings": self._settings,
             "effective_hparams": effective,
             "scored": {"one_prompt_at_a_time": editor.one_by_one, "generation_with_a_cache": editor.use_cache},
-            "irrelevant_prompts_from_data": sum("loc_prompt" in request for request in stream.edits.requests),
-            "before": _before(baseline),
-            "checkpoints": [one.to_dict(rows=one is reached[-1]) for one in reached],
+            "irrelevant_prompts_from_data": sum("loc_prompt" in one for one in self._stream.edits.requests),
+            "resumed_after": self._resumed_after,
+            "before": _before(self._baseline),
+            "checkpoints": self._checkpoints,
+            "machine": self._machine,
         }
-
-    with tqdm(total=n, desc=alg, unit="edit") as bar:
-
-        def scored(checkpoint: Checkpoint) -> None:
-            first = next(iter(checkpoint.scores.values()))
-            bar.set_postfix(T=checkpoint.edits, rel=f"{first.reliability:.2f}")
-            reached.append(checkpoint)
-            if checkpoint.edits < n:
-                on_checkpoint(result())
-
-        run_stream(
-            editor,
-            loader.tok,
-            stream.edits,
-            baseline,
-            settings["checkpoints"],
-            options.batch_size,
-            on_edit=lambda: _advance(bar),
-            on_checkpoint=scored,
-        )
-    return result()
 
 
 def _advance(bar: Any) -> None:
@@ -173,10 +200,6 @@ def _before(baseline: Baseline) -> dict[str, Any]:
         source: summarise([row for row in baseline.scores.rows if row.source == source]).to_dict() for source in sources
     }
     return {source: {key: value for key, value in one.items() if key != "rows"} for source, one in scores.items()}
-
-
-def _write(result: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _texts(path: Path) -> list[str]:

@@ -30,7 +30,8 @@ class EvaluateOptions:
         start: the first record, with seed 0.
         checkpoints: after how many edits to score; empty: 1, 10, 100, ... and the last.
         separately: of a mixed stream, also each file's edits in a stream of their own.
-        again: compute also what has a result file.
+        again: compute also what has a result file, from the first edit on.
+        journal: keep each WISE edit until the run has its result, so that it goes on after a stop.
         unrelated: a data file whose locality prompts serve as far prompts for records without; None: the demo's.
         stats_text: a text, or a data file, for MEMIT's covariances.
         dtype: of the model's weights.
@@ -52,6 +53,7 @@ class EvaluateOptions:
     checkpoints: Sequence[int] = ()
     separately: bool = False
     again: bool = False
+    journal: bool = True
     unrelated: Path | None = None
     stats_text: Path | None = None
     dtype: str = "float32"

@@ -23,13 +23,13 @@ from typer.testing import CliRunner, Result
 from easyedit_wise.cli import app
 from easyedit_wise.easyedit.algorithms import (
     HostStream,
-    WiseStream,
     layers_answer_with_tuples,
     make_editor,
     settings_of,
 )
 from easyedit_wise.easyedit.covariance import second_moments_of_samples, second_moments_of_texts
 from easyedit_wise.easyedit.probe import probe_routes
+from easyedit_wise.easyedit.wise_stream import WiseStream
 from easyedit_wise.evaluate_options import changes_of
 from easyedit_wise.machine import machine_info, source_commit
 from easyedit_wise.tuner.switch import edits_disabled, last_route
@@ -102,31 +102,98 @@ def test_what_has_a_result_is_read_back(
     assert len(result_files(out)) == 2
 
 
-def test_a_run_that_breaks_off_leaves_the_checkpoints_it_reached(
+@pytest.mark.parametrize("stopped_after", [1, 2, 4])  # before a checkpoint, at it, behind it
+def test_a_stopped_run_goes_on_and_comes_to_the_same_result(
+    tmp_path: Path, checkpoint: Path, hparams: Path, monkeypatch: pytest.MonkeyPatch, stopped_after: int
+) -> None:
+    data = write(tmp_path, "zsre", 6)
+
+    def evaluate(out: Path, *more: str) -> Result:
+        arguments = ("--data", data, "--edits", 6, "--checkpoints", "2", "--model", checkpoint, "--hparams", hparams)
+        return run(*arguments, "--out", out, *more)
+
+    assert evaluate(tmp_path / "whole").exit_code == 0
+    real: Any = WiseStream.edit
+    asked: list[str] = []
+
+    def stops(self: WiseStream, requests: Any, on_edit: Any) -> None:
+        def counted() -> None:
+            on_edit()
+            asked.append("")
+            if len(asked) == stopped_after:
+                raise KeyboardInterrupt
+
+        real(self, requests, counted)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WiseStream, "edit", stops)
+        evaluate(tmp_path / "stopped")
+    out = tmp_path / "stopped"
+    assert not result_files(out)
+    assert bool(list(out.glob("*.unfinished"))) == (stopped_after == 4)
+    seen: list[int] = []
+
+    def counts(self: WiseStream, requests: Any, on_edit: Any) -> None:
+        real(self, requests, lambda: (seen.append(1), on_edit()))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WiseStream, "edit", counts)
+        done = evaluate(out)
+    assert done.exit_code == 0, done.output
+    assert f"Going on after {stopped_after} edits" in done.output
+    assert len(seen) == 6 - stopped_after
+    assert [path.suffix for path in out.iterdir() if path.suffix != ".png"] == [".json"]
+    (whole,), (resumed,) = (
+        [json.loads(path.read_text(encoding="utf-8")) for path in result_files(one)]
+        for one in (tmp_path / "whole", out)
+    )
+    assert (whole["resumed_after"], resumed["resumed_after"]) == ([], [stopped_after])
+    assert [one["edits"] for one in resumed["checkpoints"]] == [2, 6]
+    for one, other in zip(whole["checkpoints"], resumed["checkpoints"], strict=True):
+        assert one["scores"] == other["scores"]
+        assert one["routing"] == other["routing"]
+        assert other["edit_seconds"] > 0
+
+
+def test_a_stopped_run_that_cannot_go_on_says_so(
     tmp_path: Path, checkpoint: Path, hparams: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data, out = write(tmp_path, "zsre", 4), tmp_path / "out"
     arguments = ("--data", data, "--edits", 3, "--model", checkpoint, "--hparams", hparams, "--out", out)
-    real, done = WiseStream.edit, []
 
-    def breaks_off(self: WiseStream, requests: Any, on_edit: Any) -> None:
-        if done:
-            raise KeyboardInterrupt
-        done.append(real(self, requests, on_edit))
+    def stop_after(n: int, *more: str) -> None:
+        real, calls = WiseStream.edit, []
 
-    with monkeypatch.context() as patched:
-        patched.setattr(WiseStream, "edit", breaks_off)
-        run(*arguments, "--checkpoints", 2)
-    assert not result_files(out)
+        def stops(self: WiseStream, requests: Any, on_edit: Any) -> None:
+            if len(calls) == n:
+                raise KeyboardInterrupt
+            calls.append(real(self, requests, on_edit))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(WiseStream, "edit", stops)
+            run(*arguments, "--checkpoints", "1,2", *more)
+
+    stop_after(2)
     (unfinished,) = out.glob("*.unfinished")
-    result = json.loads(unfinished.read_text(encoding="utf-8"))
-    assert [one["edits"] for one in result["checkpoints"]] == [2]
-    assert len(result["checkpoints"][0]["scores"]["zsre"]["rows"]) == 2
-    # The same run once more ends with a result and nothing unfinished.
-    assert run(*arguments, "--checkpoints", 2).exit_code == 0
-    (path,) = result_files(out)
-    assert path.stem == unfinished.stem
-    assert not list(out.glob("*.unfinished"))
+    kept = unfinished.read_text(encoding="utf-8")
+    assert [one["edits"] for one in json.loads(kept)["checkpoints"]] == [1, 2]
+    unfinished.write_text(kept[:100], encoding="utf-8")
+    broken = run(*arguments, "--checkpoints", "1,2")
+    assert broken.exit_code == 1
+    assert "the run cannot go on. --again begins it anew" in broken.stderr
+    unfinished.unlink()  # edits beyond a checkpoint that was never scored
+    broken = run(*arguments, "--checkpoints", "1,2")
+    assert broken.exit_code == 1
+    assert "2 edits are made, but the last checkpoint scored is 0 and the next [1]" in broken.stderr
+    assert run(*arguments, "--checkpoints", "1,2", "--again").exit_code == 0
+    assert len(result_files(out)) == 1
+    assert not [path for path in out.iterdir() if path.suffix not in (".json", ".png")]
+    # Without a journal nothing is kept of the edits, and the run begins anew.
+    stop_after(2, "--no-journal", "--again")
+    assert not list(out.glob("*.journal"))
+    done = run(*arguments, "--checkpoints", "1,2", "--again")
+    assert done.exit_code == 0
+    assert "Going on" not in done.output
 
 
 def test_mixed_and_separate_streams_make_the_same_edits(tmp_path: Path, checkpoint: Path, hparams: Path) -> None:

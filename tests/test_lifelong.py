@@ -109,6 +109,20 @@ def test_result_is_strict_json(tok: Any) -> None:
     assert "rows" not in last.to_dict(rows=False)["scores"]["one"]
 
 
+def test_a_stream_goes_on_between_two_checkpoints(tok: Any) -> None:
+    whole = run(tok, Forgetful(), [1, 2])
+    editor, edited = Forgetful(), list[int]()
+    editor.edit(requests_of(RECORDS)[:2], lambda: None)
+    rest = run(tok, editor, [1, 2], made=2, made_seconds=100.0, scored=1, on_edit=lambda: edited.append(1))
+    assert len(edited) == 1
+    assert [one.edits for one in rest] == [2, 3]
+    assert [one.scores for one in rest] == [one.scores for one in whole[1:]]
+    assert all(100.0 <= one.edit_seconds < 200.0 for one in rest)
+    for made, scored in ((2, 0), (0, 1), (3, 1)):
+        with pytest.raises(ValueError, match=f"{made} edits are made, but the last checkpoint scored is {scored}"):
+            run(tok, Forgetful(), [1, 2], made=made, scored=scored)
+
+
 def test_checkpoints() -> None:
     assert default_checkpoints(1) == [1]
     assert default_checkpoints(100) == [1, 10, 100]

@@ -12,7 +12,6 @@ import io
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -22,16 +21,14 @@ from torch import Tensor, nn
 
 from ..checks import nearest, number_from_scientific_notation
 from ..data import neutral_prompts
-from ..editing.requests import EditRequest
 from ..evaluation.datasets import Request
 from ..evaluation.lifelong import RouteProbe, StreamEditor
 from ..hparams import WISEHyperParams
 from ..hparams_files import read_settings
-from .apply import stream_of
 from .covariance import second_moments_of_samples, second_moments_of_texts
-from .probe import probe_routes
 from .registry import HOST
 from .upstream import UpstreamWise, load_upstream, why_not
+from .wise_stream import WiseStream
 
 WISE = "WISE"
 UPSTREAM_WISE = "upstream-WISE"
@@ -44,6 +41,7 @@ def make_editor(
     config: dict[str, Any],
     seed: int = 0,
     stats_texts: Sequence[str] | None = None,
+    journal: Path | None = None,
 ) -> tuple[StreamEditor, dict[str, Any]]:
     """An editor on a model without edits.
 
@@ -55,6 +53,7 @@ def make_editor(
         config: its settings, as :func:`settings_of` gives them.
         seed: of the random numbers that EasyEdit's algorithms draw. WISE has its own setting ``seed``.
         stats_texts: for MEMIT's covariances; None lets the model write texts.
+        journal: for WISE, the folder in which each edit is kept when it is made; what it holds is on the model at once.
 
     Returns:
         (the editor, all its settings as plain values).
@@ -65,7 +64,7 @@ def make_editor(
     """
     if name == WISE:
         wise = WISEHyperParams.from_dict(config)
-        return WiseStream(model, tok, wise), wise.to_dict()
+        return WiseStream(model, tok, wise, journal), wise.to_dict()
     if name == UPSTREAM_WISE:
         upstream = load_upstream()
         if upstream is None:
@@ -89,26 +88,6 @@ def settings_of(name: str, hparams: str | Path, changes: Mapping[str, Any]) -> d
         merged |= changes
     numbers = {key: number_from_scientific_notation(value) for key, value in merged.items()}
     return WISEHyperParams.from_dict(numbers).to_dict() if name == WISE else numbers
-
-
-class WiseStream:
-    """This package's WISE."""
-
-    one_by_one = False
-    use_cache = True
-
-    def __init__(self, model: nn.Module, tok: Any, hparams: WISEHyperParams) -> None:
-        self.model: Any = model
-        self._stream = stream_of(model, tok, hparams)
-        self.route_probe: RouteProbe | None = partial(probe_routes, model, tok)
-
-    def edit(self, requests: Sequence[Request], on_edit: Callable[[], None]) -> None:
-        """Make these edits on top of the earlier ones."""
-        self._stream.apply([EditRequest.from_easyedit(one) for one in requests], on_edit=lambda *_: on_edit())
-
-    def holders(self) -> list[str] | None:
-        """The memory that holds each edit so far."""
-        return [f"{self._stream.adapter_name}/{held.memory}" for held in self._stream.held]
 
 
 class UpstreamStream:

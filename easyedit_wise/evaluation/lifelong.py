@@ -106,11 +106,14 @@ def run_stream(
     batch_size: int = 16,
     on_edit: Callable[[], None] = lambda: None,
     on_checkpoint: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    made: int = 0,
+    made_seconds: float = 0.0,
+    scored: int = 0,
 ) -> list[Checkpoint]:
     """Make the edits in order and score the model at checkpoints, always on all edits made so far.
 
     Args:
-        editor: on a model without edits.
+        editor: on a model without edits, or with the first ``made`` of these.
         tok: the model's tokenizer.
         edits: requests, and the records that they are scored with.
         baseline: of the unedited model on these records.
@@ -118,13 +121,24 @@ def run_stream(
         batch_size: prompts a forward in scoring.
         on_edit: called after each edit.
         on_checkpoint: called with each checkpoint as soon as it is scored.
+        made: edits that the editor made before, of a stream that was stopped.
+        made_seconds: what they took.
+        scored: the last checkpoint that was scored before; 0: none.
+
+    Returns:
+        The checkpoints that were scored now.
 
     Raises:
-        ValueError: a checkpoint that is not between 1 and the number of edits.
+        ValueError: a checkpoint that is not between 1 and the number of edits, or edits beyond one that is not scored.
     """
-    stops = stops_of(checkpoints, len(edits.records))
+    stops = [stop for stop in stops_of(checkpoints, len(edits.records)) if stop > scored]
+    if not scored <= made <= (stops[0] if stops else scored):
+        raise ValueError(
+            f"{made} edits are made, but the last checkpoint scored is {scored} and the next {stops[:1]}: "
+            "what is between two checkpoints goes on, nothing else. Start the stream anew."
+        )
     reached: list[Checkpoint] = []
-    seconds, done = 0.0, 0
+    seconds, done = made_seconds, made
     for stop in stops:
         started = time.perf_counter()
         editor.edit(edits.requests[done:stop], on_edit)

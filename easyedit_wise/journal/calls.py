@@ -100,8 +100,8 @@ def close_journal(model: nn.Module) -> None:
 def apply_journaled(stream: EditStream, requests: Sequence[EditRequest], on_edit: OnEdit | None = None) -> None:
     """Make edits, each batch of them a transaction of the journal.
 
-    If the last call asked for the same edits with the same settings and was stopped, what is left of it is made: a
-    script that is run again goes on where it was killed.
+    If the last call asked for the same edits with the same settings and was stopped, or for more and just these are
+    left of it, what is left of it is made: a script that is run again goes on where it was killed.
 
     Args:
         stream: with a journal.
@@ -116,7 +116,11 @@ def apply_journaled(stream: EditStream, requests: Sequence[EditRequest], on_edit
         raise JournalError("the stream has no journal: name a folder for it.")
     left = unfinished(sink.journal)
     values = [request_values(one) for one in requests]
-    if left is not None and left.call.requests == values and left.call.settings == stream.hparams.to_dict():
+    if (
+        left is not None
+        and values in (left.call.requests, [request_values(one) for one in left.requests])
+        and left.call.settings == stream.hparams.to_dict()
+    ):
         sink.expect(left.number, left.ids)
         _finish(stream, sink, left.number, left.requests, on_edit)
         return
