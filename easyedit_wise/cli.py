@@ -55,12 +55,13 @@ def edit(
     journal: Annotated[
         Path | None, typer.Option(help="Folder of a journal: every edit is kept when it is made.")
     ] = None,
+    save_dtype: Annotated[str | None, typer.Option(help="In --out: bfloat16 halves it, float32 is exact.")] = None,
 ) -> None:
     """Edit a model without EasyEdit; the edits are saved as a folder, or kept in a journal, or both."""
     from .cli_edit import run_edit
 
     with _errors_in_one_line():
-        run_edit(requests, model, hparams, out, journal, _console())
+        run_edit(requests, model, hparams, out, journal, _console(), save_dtype)
 
 
 @app.command()

@@ -13,10 +13,17 @@ from .editing.requests import EditRequest
 from .hparams import WISEHyperParams
 from .journal.calls import close_journal
 from .persistence import save_edits
+from .tuner.adapter_tensors import check_save_dtype
 
 
 def run_edit(
-    requests: Path, model: str, hparams: str, out: Path | None, journal: Path | None, console: Console
+    requests: Path,
+    model: str,
+    hparams: str,
+    out: Path | None,
+    journal: Path | None,
+    console: Console,
+    save_dtype: str | None = None,
 ) -> None:
     """Edit a model; save the edits into a folder, or keep them in a journal, or both.
 
@@ -27,6 +34,8 @@ def run_edit(
         raise ValueError("the edits would be lost: name a folder for them with --out, or a journal with --journal.")
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: edits are saved as a folder, so name another path.")
+    if save_dtype is not None:
+        check_save_dtype(save_dtype)
     settings = WISEHyperParams.from_hparams(hparams)
     wanted: Any = json.loads(requests.read_text(encoding="utf-8"))
     if not isinstance(wanted, list) or not wanted:
@@ -45,6 +54,6 @@ def run_edit(
     edited, _ = apply_wise_to_model(base, tok, wanted, settings)
     close_journal(edited)
     if out is not None:
-        save_edits(edited, out)
+        save_edits(edited, out, save_dtype=save_dtype)
     kept = " and ".join([*([f"saved in {out}"] if out else []), *([f"journaled in {journal}"] if journal else [])])
     console.print(f"{len(wanted)} edits {kept}.", soft_wrap=True)

@@ -55,6 +55,7 @@ def save_edits(
     path: str | Path,
     adapter_name: str = "default",
     scores: Mapping[str, Any] | None = None,
+    save_dtype: str | None = None,
 ) -> Path:
     """Write a model's edits into the folder ``path``; edits that were saved there before are replaced as a whole.
 
@@ -63,13 +64,15 @@ def save_edits(
         path: the folder.
         adapter_name: which set of edits.
         scores: results to be shown in the model card, by name: numbers or texts.
+        save_dtype: what dW is rounded to in the files: "float32", which keeps every bit, "bfloat16" or "float16"; None:
+            what the adapter's configuration says. The model's memories stay as they are.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: the model carries no edits of that name, ``path`` is a file or holds other files, or a score is
-            neither a number nor a text.
+        ValueError: the model carries no edits of that name, ``path`` is a file or holds other files, a score is
+            neither a number nor a text, or an entry of dW is too large for ``save_dtype``.
     """
     layer_name, layer = _only_layer(model)
     if adapter_name not in layer.wisemem_config:
@@ -86,6 +89,26 @@ def save_edits(
             "name one of its own for the edits."
         )
     target.parent.mkdir(parents=True, exist_ok=True)
+    with _rounded_to(layer.wisemem_config[adapter_name], save_dtype):
+        _write(model, target, layer_name, adapter_name, scores)
+    return Path(path)
+
+
+@contextmanager
+def _rounded_to(config: WiseConfig, save_dtype: str | None) -> Iterator[None]:
+    """The configuration with another ``save_dtype``, for the time of one save."""
+    kept = config.save_dtype
+    config.save_dtype = save_dtype or kept
+    try:
+        yield
+    finally:
+        config.save_dtype = kept
+
+
+def _write(
+    model: nn.Module, target: Path, layer_name: str, adapter_name: str, scores: Mapping[str, Any] | None
+) -> None:
+    layer = find_wise_layers(model)[layer_name]
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {
         _PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): value.detach().cpu().contiguous() for key, value in state.items()
@@ -105,7 +128,6 @@ def save_edits(
         replace_folder(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return Path(path)
 
 
 def load_edits(

@@ -245,6 +245,30 @@ def test_an_unknown_save_dtype_is_refused(llama: Any) -> None:
         get_peft_model_state_dict(llama)
 
 
+def test_one_save_can_be_rounded(llama: Any, tmp_path: Path) -> None:
+    attach(llama, config_for(LLAMA))
+    states = sparse_states()
+    edited(llama, states)
+    save_edits(llama, tmp_path / "exact")
+    save_edits(llama, tmp_path / "rounded", save_dtype="bfloat16")
+    assert llama.peft_config["default"].save_dtype == "float32"
+    assert same_memories(only_layer(llama).memories("default"), states)
+    config = json.loads((tmp_path / "rounded" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["save_dtype"] == "bfloat16"
+    assert "the memories are bfloat16" in (tmp_path / "rounded" / "README.md").read_text(encoding="utf-8")
+    sizes = [(tmp_path / name / WEIGHTS).stat().st_size for name in ("exact", "rounded")]
+    assert sizes[1] < 0.7 * sizes[0]
+    loaded = copy.deepcopy(llama)
+    detach(loaded)
+    load_edits(loaded, tmp_path / "rounded")
+    for one, other in zip(only_layer(loaded).memories("default"), states, strict=True):
+        assert torch.equal(one.delta_weight, other.delta_weight.bfloat16().float())
+    with pytest.raises(ValueError, match="save_dtype is 'int4'"):
+        save_edits(llama, tmp_path / "rounded", save_dtype="int4")
+    assert llama.peft_config["default"].save_dtype == "float32"
+    assert (tmp_path / "rounded" / WEIGHTS).stat().st_size == sizes[1]
+
+
 def test_what_float16_cannot_hold_is_refused_and_names_the_cure(llama: Any) -> None:
     attach(llama, config_for(LLAMA, save_dtype="float16"))
     (state, *_) = sparse_states()

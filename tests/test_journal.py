@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +232,46 @@ def test_one_process_writes(llama: Any, tok: Any, tmp_path: Path) -> None:
     closed(model)
     apply_wise_to_model(other, tok, about(3)[2:], settings(**ON, journal=str(tmp_path)))
     assert len(stream_on(other).held) == 3
+
+
+_WRITER = """
+import sys, time
+from easyedit_wise.journal.writing import JournalWriter
+journal = JournalWriter(sys.argv[1])
+sys.stdout.write("open\\n")
+sys.stdout.flush()
+time.sleep(600)
+"""
+
+
+def test_another_process_that_writes_is_named_and_its_end_lets_go(llama: Any, tok: Any, tmp_path: Path) -> None:
+    closed(edited(llama, tok, tmp_path, about(2), **ON))
+    with subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "open\n"
+            with pytest.raises(JournalInUseError, match="another process, or another model of this one, writes"):
+                edited(llama, tok, tmp_path, about(1), **ON)
+            with Journal(tmp_path) as journal:  # to read it is always possible
+                assert len(journal.edits()) == 2
+        finally:
+            other.kill()
+    model = edited(llama, tok, tmp_path, about(3)[2:], **ON)
+    assert len(stream_on(model).held) == 3
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", STREAMS)
+@pytest.mark.parametrize("which", range(1, 21))
+def test_one_of_twenty_forgotten(llama: Any, tok: Any, tmp_path: Path, kind: str, which: int) -> None:
+    changes, first = STREAMS[kind], about(9)
+    # The second and third time round the facts are edited again, to other answers.
+    asked = [{**first[i % 9], "target_new": first[(i + i // 9) % 9]["target_new"]} for i in range(20)]
+    never = memories(edited(llama, tok, None, asked[: which - 1] + asked[which:], **changes))
+    closed(edited(llama, tok, tmp_path, asked, **changes))
+    model = copy.deepcopy(llama)
+    forget(model, tok, tmp_path, which)
+    assert same(memories(model), never)
 
 
 def stream_on_or_error(model: Any) -> None:
