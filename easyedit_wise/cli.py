@@ -105,12 +105,13 @@ def forget(
     edit_id: Annotated[int, typer.Argument(metavar="ID", help="Number of an edit, as log lists it.")],
     model: Annotated[str | None, typer.Option(help="The base model; default the one that the journal names.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder that the edits are saved into, too.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Make only its own memory again, not all since.")] = False,
 ) -> None:
-    """Take one edit back, exactly: what came after it is made again without it."""
+    """Take one edit back, exactly: what came after it is made again without it. Or --quick."""
     from .cli_journal import run_forget
 
     with _errors_in_one_line():
-        run_forget(journal, edit_id, model, out, _console())
+        run_forget(journal, edit_id, model, out, _console(), quick)
 
 
 @app.command()

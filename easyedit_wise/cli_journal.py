@@ -13,7 +13,7 @@ from .hparams import WISEHyperParams
 from .journal.calls import close_journal, resume, unfinished
 from .journal.database import JournalError
 from .journal.entries import EditEntry
-from .journal.forgetting import Plan, forget
+from .journal.forgetting import Plan, forget, plan_of
 from .journal.journal import Journal
 from .journal.tensors import mask_from_bytes
 from .persistence import save_edits
@@ -99,24 +99,28 @@ def run_resume(folder: Path, model: str | None, out: Path | None, skip: int, con
     console.print(f"{len(stream.held)} edits are held.")
 
 
-def run_forget(folder: Path, edit_id: int, model: str | None, out: Path | None, console: Console) -> None:
+def run_forget(
+    folder: Path, edit_id: int, model: str | None, out: Path | None, console: Console, quick: bool = False
+) -> None:
     """Take one edit back."""
-    with Journal(folder) as journal:
-        journal.edit(edit_id)  # before the model is loaded, which takes its time
+    with Journal(folder) as journal:  # before the model is loaded, which takes its time
+        alone = plan_of(journal, edit_id, exactly=False)
     base, tok = _loaded(folder, model)
     with tqdm(desc="WISE", unit="edit") as bar:
 
         def plan(needed: Plan) -> None:
-            bar.reset(total=len(needed.again))
-            bar.update(needed.done)
+            bar.reset(total=len(needed.to_make))
+            hint = ""
+            if not quick and 2 * alone.seconds < needed.seconds:
+                hint = f" With --quick only its own memory is made again: {_duration(alone.seconds)}."
             bar.write(
                 f"edit {edit_id} ({needed.edit.request['prompt']!r} -> {needed.edit.request['target']!r}): "
-                f"{len(needed.again) - needed.done} edits are made again without it, {_duration(needed.seconds)} by "
-                "what they took. Stopped, the same command goes on; until its end the edit is held.",
+                f"{len(needed.to_make)} edits are made again without it, {_duration(needed.seconds)} by "
+                f"what they took. Stopped, the same command goes on; until its end the edit is held.{hint}",
                 file=sys.stderr,
             )
 
-        stream = forget(base, tok, folder, edit_id, on_edit=lambda *_: bar.update(), on_plan=plan)
+        stream = forget(base, tok, folder, edit_id, lambda *_: bar.update(), plan, exactly=not quick)
     _saved(base, stream.adapter_name, out, console)
     console.print(f"edit {edit_id} is taken back; {len(stream.held)} edits are held.")
 

@@ -263,6 +263,28 @@ def test_forget_takes_back_and_saves(journaled: Path, files: Files, tok: Any) ->
     assert "that one was taken back" in error_of(run("forget", str(journaled), "1"))
 
 
+def test_the_quick_way_is_offered_and_taken(files: Files, checkpoint: Path) -> None:
+    values = settings(save_freq=1, merge_freq=1, retrieve=True).to_dict()
+    files.hparams.write_text(yaml.safe_dump(values), encoding="utf-8")
+    folder = files.out.with_name("journal")
+    assert run(*files.arguments(checkpoint, journal=folder)).exit_code == 0
+    exact = run("forget", str(folder), "2")
+    assert "1 edits are made again without it" in exact.stderr
+    assert "With --quick only its own memory is made again: about 0 seconds." in exact.stderr
+    quick = run("forget", str(folder), "1", "--quick")
+    assert quick.exit_code == 0, quick.output
+    assert "0 edits are made again without it" in quick.stderr
+    assert "--quick" not in quick.stderr
+    assert "edit 1 is taken back; 1 edits are held." in quick.stdout
+
+
+def test_an_edit_can_be_saved_rounded(files: Files, checkpoint: Path) -> None:
+    assert run(*files.arguments(checkpoint), "--save-dtype", "bfloat16").exit_code == 0
+    config = json.loads((files.out / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["save_dtype"] == "bfloat16"
+    assert "save_dtype is 'int4'" in error_of(run(*files.arguments(checkpoint), "--save-dtype", "int4"))
+
+
 def test_resume_with_nothing_left_changes_nothing(journaled: Path) -> None:
     result = run("resume", str(journaled))
     assert result.exit_code == 0, result.output

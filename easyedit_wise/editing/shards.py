@@ -120,11 +120,13 @@ class Closed:
     changed: int
 
 
-def close_shard(states: Sequence[MemoryState], hparams: WISEHyperParams, generator: torch.Generator) -> Closed:
-    """Close the live shard at the end, and fold the closed shards once there are k of them."""
+def close_shard(
+    states: Sequence[MemoryState], hparams: WISEHyperParams, generator: torch.Generator, early: bool = False
+) -> Closed:
+    """Close the live shard at the end, and fold the closed shards once there are k of them, or with ``early`` now."""
     closed = [*states[:-1], states[-1].with_(stage=SHARD, mask=None)]
     shards = [index for index, state in enumerate(closed) if state.stage == SHARD]
-    if len(shards) < hparams.n_shards:
+    if len(shards) < hparams.n_shards and not early:
         return Closed(closed, list(range(len(closed))), len(closed) - 1)
     return _fold(closed, shards, hparams, generator)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..hparams import WISEHyperParams
 from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
-from ..tuner.memory import LIVE, MemoryState
+from ..tuner.memory import LIVE, MERGED, MemoryState
 from .consolidated import train_into, with_elsewhere
 from .held import CommitSink, Committed, HeldEdit, Snapshot
 from .open_shard import OpenShard, threshold
@@ -214,7 +214,9 @@ class EditStream:
         else:
             states[-1] = states[-1].with_(epsilon=self._threshold(scores, learned, place))
         self._open_shard = shard
-        self.layer.install(self.adapter_name, self._closed_if_full(states, shard.n_tokens))
+        if is_full(states[-1], shard.n_tokens, self.hparams):
+            states = self._closed(states)
+        self.layer.install(self.adapter_name, states)
         new = scores[len(scores) - len(requests) :]
         return Committed(requests, made, recorded, new, live.mask, place, generator_state)
 
@@ -283,10 +285,16 @@ class EditStream:
     def _requests_outside(self, place: int) -> list[EditRequest]:
         return [held.request for held in self.held if held.memory != place]
 
-    def _closed_if_full(self, states: list[MemoryState], n_tokens: int) -> list[MemoryState]:
-        if not is_full(states[-1], n_tokens, self.hparams):
-            return states
-        closed = close_shard(states, self.hparams, self._generator)
+    def close_memory(self) -> None:
+        """Fold the open shards into a memory now, although there is room for more edits; none open: nothing."""
+        states = self.layer.memories(self.adapter_name)
+        if states and states[-1].stage == LIVE and not states[-1].n_edits:
+            states.pop()
+        if states and states[-1].stage != MERGED:
+            self.layer.install(self.adapter_name, self._closed(states, early=True))
+
+    def _closed(self, states: list[MemoryState], early: bool = False) -> list[MemoryState]:
+        closed = close_shard(states, self.hparams, self._generator, early)
         self._open_shard = None
         self.held = [replace(held, memory=closed.places[held.memory]) for held in self.held]
         if not self.hparams.epsilon_as_trained:

@@ -166,7 +166,7 @@ class ForgottenEntry(JsonEntry):
     Attributes:
         edit: as it was.
         when: it was taken back, in UTC.
-        how: "forget" or "restore".
+        how: "forget", "quick" (its memory alone was made again) or "restore".
     """
 
     edit: dict[str, Any]

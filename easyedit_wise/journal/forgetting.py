@@ -1,13 +1,13 @@
-"""Take one edit back, exactly: the stream is made again from the last snapshot before it, without it.
+"""Take one edit back: the stream is made again from the last snapshot before it, without it; or its memory alone.
 
-What comes out is, bit for bit, what a stream would be that never had the edit. Until all of it is made the journal is
-as before, and what is made already is kept beside it: after an interrupt the same call goes on.
+The first is exact: what comes out is, bit for bit, what a stream would be that never had the edit. Until all of it is
+made the journal is as before, and what is made already is kept beside it: after an interrupt the same call goes on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .database import JournalError
 from .entries import EditEntry, ForgottenEntry
 from .journal import PENDING, Journal
 from .recording import JournalSink, now
+from .remaking import others_of_its_memory, put_without, stays_behind
 from .restoring import OnEdit, fresh_stream, make_again, rebuild, sink_of
 from .writing import JournalWriter
 
@@ -31,39 +32,60 @@ class Plan:
     Attributes:
         edit: which.
         n_kept: edits before it that stay as they are.
-        again: those that are made again, in order.
-        done: how many of them an interrupted call has made already.
+        again: those after these, without it, in order.
+        done: how many of them are made, or need not be made, as an interrupted call has left it.
+        others: of its memory, which is made again alone; None: all of ``again`` is made again, exactly.
+        stays: how many of ``again`` are not made again then.
     """
 
     edit: EditEntry
     n_kept: int
     again: list[EditEntry]
     done: int = 0
+    others: list[EditEntry] | None = None
+    stays: int = 0
+
+    @property
+    def to_make(self) -> list[EditEntry]:
+        """The edits that are made again, from now on."""
+        if self.others is None or self.done:
+            return self.again[self.done :]
+        return self.others + self.again[len(self.others) + self.stays :]
 
     @property
     def seconds(self) -> float:
         """How long that takes, by what it took before."""
-        return sum(edit.seconds for edit in self.again[self.done :])
+        return sum(edit.seconds for edit in self.to_make)
 
 
-def plan_of(journal: Journal, edit_id: int) -> Plan:
+def plan_of(journal: Journal, edit_id: int, exactly: bool = True) -> Plan:
     """What taking an edit back asks for.
+
+    Args:
+        journal: the journal.
+        edit_id: the edit's number.
+        exactly: see :func:`forget`.
 
     Raises:
         JournalError: there is no edit of this number.
     """
     edit, edits = journal.edit(edit_id), journal.edits()
-    before = edits.index(edit)
-    snapshot = journal.complete_snapshot(before)
-    n_kept = 0 if snapshot is None else snapshot.n_edits
+    alone = None if exactly else others_of_its_memory(journal, edit)
+    if alone is not None:
+        n_kept, others = alone
+        stays = stays_behind(journal, edit)
+    else:
+        snapshot = journal.complete_snapshot(edits.index(edit))
+        n_kept, others, stays = 0 if snapshot is None else snapshot.n_edits, None, 0
     again = [one for one in edits[n_kept:] if one.id != edit_id]
-    plan = Plan(edit, n_kept, again)
+    plan = Plan(edit, n_kept, again, 0, others, stays)
     done = len(journal.edits(PENDING)) if journal.note("pending") == _note(plan) else 0
-    return Plan(edit, n_kept, again, done)
+    return replace(plan, done=done)
 
 
 def _note(plan: Plan) -> dict[str, Any]:
-    return {"forget": plan.edit.id, "kept": plan.n_kept, "again": [edit.id for edit in plan.again]}
+    note = {"forget": plan.edit.id, "kept": plan.n_kept, "again": [edit.id for edit in plan.again]}
+    return note if plan.others is None else {**note, "alone": True}
 
 
 def forget(
@@ -73,6 +95,7 @@ def forget(
     edit_id: int,
     on_edit: OnEdit | None = None,
     on_plan: Callable[[Plan], None] | None = None,
+    exactly: bool = True,
 ) -> EditStream:
     """Take one edit of a journal back; what comes after it is made again without it.
 
@@ -83,6 +106,9 @@ def forget(
         edit_id: the edit's number.
         on_edit: called after each edit that is made again.
         on_plan: called with what it asks for, before the first.
+        exactly: make all again that came after it, so that it is as if it had never been. False: make only its memory
+            again, and the edits of the shard that is open. That is exact where the edit's own shard is open, and where
+            all edits are in one memory (``retrieve: false``).
 
     Returns:
         The stream without the edit, on the model; it goes on writing to the journal.
@@ -105,7 +131,7 @@ def forget(
     before = stream.snapshot() if stream is not None else None
     sink_before = stream.sink if stream is not None else None
     try:
-        plan = plan_of(journal, edit_id)
+        plan = plan_of(journal, edit_id, exactly)
         if on_plan is not None:
             on_plan(plan)
         if stream is None:
@@ -133,10 +159,16 @@ def _make_without(stream: EditStream, journal: JournalWriter, plan: Plan, on_edi
     settings = stream.hparams
     try:
         stream.use(stream.tok, settings.from_dict(journal.calls()[0][2].settings))
+        done = plan.done
+        if plan.others is not None and not done:
+            put_without(stream, journal, plan.edit, on_edit)
+            done = len(journal.edits(PENDING))
         state_at = rebuild(stream, journal, PENDING, plan.n_kept)
         sink = sink_of(journal, state_at, PENDING, plan.n_kept)
-        make_again(stream, journal, plan.again[plan.done :], sink, on_edit)
+        make_again(stream, journal, plan.again[done:], sink, on_edit)
     finally:
         stream.use(stream.tok, settings)
-    journal.adopt_pending(plan.n_kept, ForgottenEntry(asdict(plan.edit), now(), "forget"))
+    journal.adopt_pending(
+        plan.n_kept, ForgottenEntry(asdict(plan.edit), now(), "forget" if plan.others is None else "quick")
+    )
     stream.sink = sink_of(journal, sink.state_at)

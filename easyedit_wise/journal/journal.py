@@ -116,6 +116,10 @@ class Journal:
         found = self._snapshots(line, "AND kept > 0 AND seq <= ? ORDER BY seq DESC LIMIT 1", n_edits)
         return found[0] if found else None
 
+    def complete_snapshots(self, n_edits: int) -> list[SnapshotEntry]:
+        """All snapshots, with ``n_edits`` edits at least, from which the stream can go on, in order."""
+        return self._snapshots(STREAM, "AND kept > 0 AND seq >= ? ORDER BY seq", n_edits)
+
     def blob(self, digest: str) -> bytes:
         """Some bytes by their digest.
 

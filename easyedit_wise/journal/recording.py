@@ -134,7 +134,7 @@ class JournalSink:
         if not complete and open_shard is not None and n_edits - self.state_at >= _STATE_EVERY:
             values, tensors = pack_open_shard(open_shard)
             packed, complete = _put(to_bytes(tensors), blobs), True
-        states = [_state_entry(state, blobs) for state in memories]
+        states = [state_entry(state, blobs) for state in memories]
         return SnapshotEntry(
             n_edits,
             self.chain,
@@ -173,7 +173,8 @@ def _put(data: bytes, blobs: dict[str, bytes]) -> str:
     return digest
 
 
-def _state_entry(state: MemoryState, blobs: dict[str, bytes]) -> StateEntry:
+def state_entry(state: MemoryState, blobs: dict[str, bytes]) -> StateEntry:
+    """A side memory as a snapshot names it; its tensors go into ``blobs`` by their digests."""
     mask = None
     if state.stage == LIVE and state.mask is not None:
         mask = _put(mask_bytes(state.mask), blobs)

@@ -75,14 +75,8 @@ class JournalWriter(Journal):
             for data in blobs.values():
                 self._put_blob(data)
             for edit in edits:
-                body, seq = edit.to_json(), seq + 1
-                digest = digest_of(body)
-                chain = chained(chain, digest)
-                self.database.run(
-                    "INSERT INTO edits (line, seq, id, body, digest) VALUES (?, ?, ?, ?, ?)",
-                    *(line, seq, edit.id, body, digest),
-                )
-                self._link(line, "edit", seq, {one for one in (edit.mask, edit.rows) if one is not None})
+                seq += 1
+                chain = self._put_edit(edit, chain, line, seq)
             self._put_snapshot(snapshot, chain, line)
         return chain
 
@@ -124,6 +118,31 @@ class JournalWriter(Journal):
             self._put_fact("pending", json.dumps(dict(note)))
             self._drop_loose_blobs()
 
+    def fill_pending(
+        self, n_kept: int, edits: Sequence[EditEntry], snapshots: Sequence[SnapshotEntry], blobs: Mapping[str, bytes]
+    ) -> None:
+        """Some edits of the line under way, which need not be made again; what it had before is dropped.
+
+        Args:
+            n_kept: edits of the stream that it begins with.
+            edits: the next ones.
+            snapshots: of the line after some of them, in order, the last one after all of them.
+            blobs: bytes by digest, named by the first snapshot.
+        """
+        after = {snapshot.n_edits: snapshot for snapshot in snapshots}
+        with self.database.transaction():
+            self._drop_line(PENDING)
+            for data in blobs.values():
+                self._put_blob(data)
+            chain = NO_CHAIN
+            for _, digest in self._edits(STREAM)[:n_kept]:
+                chain = chained(chain, digest)
+            for seq, edit in enumerate(edits, n_kept + 1):
+                chain = self._put_edit(edit, chain, PENDING, seq)
+                if seq in after:
+                    self._put_snapshot(after[seq], chain, PENDING)
+            self._drop_loose_blobs()
+
     def drop_pending(self) -> None:
         """Give up what :meth:`begin_pending` began."""
         with self.database.transaction():
@@ -155,6 +174,17 @@ class JournalWriter(Journal):
         self.database.run(
             "INSERT INTO forgotten (id, body, digest) VALUES (?, ?, ?)", entry.edit["id"], body, digest_of(body)
         )
+
+    def _put_edit(self, edit: EditEntry, chain: str, line: int, seq: int) -> str:
+        """The chain with it."""
+        body = edit.to_json()
+        digest = digest_of(body)
+        self.database.run(
+            "INSERT INTO edits (line, seq, id, body, digest) VALUES (?, ?, ?, ?, ?)",
+            *(line, seq, edit.id, body, digest),
+        )
+        self._link(line, "edit", seq, {one for one in (edit.mask, edit.rows) if one is not None})
+        return chained(chain, digest)
 
     def _put_blob(self, data: bytes) -> str:
         digest = digest_of(data)
