@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.utils import logging
 
 from easyedit_wise.data import demo_facts, neutral_prompts
+from easyedit_wise.evaluation.asking import Query
 from easyedit_wise.evaluation.final import FactRecord
-from easyedit_wise.evaluation.metrics import Query
 from easyedit_wise.evaluation.smollm2 import smollm2_checkpoint
 
 Request = dict[str, str]

@@ -19,8 +19,8 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from .data import demo_facts
+from .evaluation.asking import greedy_answers
 from .evaluation.final import Baseline, FactRecord, FinalScores, collect_baseline, score_model
-from .evaluation.metrics import greedy_answers
 from .evaluation.smollm2 import smollm2_checkpoint
 from .hparams import WISEHyperParams
 from .persistence import load_edits, save_edits

@@ -13,9 +13,9 @@ import torch
 
 from .data import demo_facts
 from .evaluate_options import EvaluateOptions
+from .evaluation.asking import Query
 from .evaluation.datasets import EditSet, interleaved, read_dataset, select, without_long_ones
 from .evaluation.lifelong import default_checkpoints, stops_of
-from .evaluation.metrics import Query
 
 PROTOCOL = "final model on all edits so far; teacher-forced, and greedy generation; version 1"
 

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from easyedit_wise.evaluation.asking import Query
 from easyedit_wise.evaluation.final import FactRecord
-from easyedit_wise.evaluation.metrics import Query
 
 SPECIAL = ["<unk>", "<eos>", "<pad>"]
 WORDS = [*"abcdefghijklmnopqrstuvwxyz", "is", "of", "the", "capital", "France", "Lyon", "Paris", "?"]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from easyedit_wise.evaluation.asking import Query
 from easyedit_wise.evaluation.datasets import (
     EditSet,
     interleaved,
@@ -20,7 +21,6 @@ from easyedit_wise.evaluation.datasets import (
     train_file,
     without_long_ones,
 )
-from easyedit_wise.evaluation.metrics import Query
 from easyedit_wise.evaluation.records import FactRecord
 
 LOCALITY = ("locality_prompt", "locality_ground_truth")

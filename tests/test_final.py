@@ -6,8 +6,8 @@ import pytest
 from eval_helpers import NextWord, records, tiny_llama, word_tokenizer
 
 from easyedit_wise.data import demo_facts
+from easyedit_wise.evaluation.asking import Query, greedy_answers, teacher_forced
 from easyedit_wise.evaluation.final import FactRecord, collect_baseline, score_model
-from easyedit_wise.evaluation.metrics import Query, greedy_answers, teacher_forced
 
 BEFORE = {"b": "q", "d": "p", "e": "f", "f": "f", "h": "q", "j": "k", "k": "l", "m": "n", "n": "n", "z": "q"}
 # The edits put "c d" after "b" and "i" after "h". They reach the rephrasing "x b" but not "y z", spoil

@@ -147,7 +147,7 @@ def test_stopped_nothing_has_changed_and_it_goes_on(llama: Any, tok: Any, tmp_pa
 
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("which", range(1, 21))
+@pytest.mark.parametrize("which", [1, 7, 14, 20])
 def test_any_of_twenty(llama: Any, tok: Any, tmp_path: Path, kind: str, which: int) -> None:
     changes, first = STREAMS[kind], about(9)
     asked = [{**first[i % 9], "target_new": first[(i + i // 9) % 9]["target_new"]} for i in range(20)]

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from eval_helpers import NextWord, word_tokenizer
 
+from easyedit_wise.evaluation.asking import Query
 from easyedit_wise.evaluation.datasets import EditSet, Request, requests_of
 from easyedit_wise.evaluation.final import collect_baseline, score_model
 from easyedit_wise.evaluation.lifelong import RouteProbe, default_checkpoints, retention, run_stream, stops_of
-from easyedit_wise.evaluation.metrics import Query
 from easyedit_wise.evaluation.records import FactRecord
 from easyedit_wise.evaluation.routed import RoutedPrompt
 from easyedit_wise.evaluation.scores import DELTA, summarise

@@ -5,16 +5,13 @@ import pytest
 import torch
 from eval_helpers import NextWord, tiny_gpt2, tiny_llama, token, word_tokenizer
 
+from easyedit_wise.evaluation.asking import Query, TokenPrediction, greedy_answers, teacher_forced
 from easyedit_wise.evaluation.metrics import (
-    Query,
-    TokenPrediction,
     contains,
     exact_at_start,
-    greedy_answers,
     locality,
     perplexity,
     same_text,
-    teacher_forced,
     token_f1,
 )
 

@@ -16,8 +16,8 @@ from easyedit_wise import (
     save_edits,
 )
 from easyedit_wise.data import demo_facts
+from easyedit_wise.evaluation.asking import greedy_answers
 from easyedit_wise.evaluation.final import FactRecord, collect_baseline, score_model
-from easyedit_wise.evaluation.metrics import greedy_answers
 from easyedit_wise.evaluation.smollm2 import find_gguf, smollm2_checkpoint
 
 pytestmark = pytest.mark.slow

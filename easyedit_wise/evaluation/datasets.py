@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from easyedit_wise.evaluation.metrics import Query
+from easyedit_wise.evaluation.asking import Query
 from easyedit_wise.evaluation.records import FactRecord
 
 HALLUCINATION_LIMIT = 254

@@ -11,7 +11,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from easyedit_wise.evaluation.metrics import Query, greedy_answers, predict_texts, shared_tokens, teacher_forced
+from easyedit_wise.evaluation.asking import Query, greedy_answers, predict_texts, shared_tokens, teacher_forced
 from easyedit_wise.evaluation.records import FactRecord
 from easyedit_wise.evaluation.scores import Answers, FinalScores, RecordAnswers, RecordScores, score_record, summarise
 

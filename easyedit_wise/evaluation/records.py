@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from easyedit_wise.evaluation.metrics import Query
+from easyedit_wise.evaluation.asking import Query
 
 
 @dataclass(frozen=True)

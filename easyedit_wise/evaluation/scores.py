@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+from easyedit_wise.evaluation.asking import TokenPrediction
 from easyedit_wise.evaluation.metrics import (
-    TokenPrediction,
     contains,
     exact_at_start,
     locality,
