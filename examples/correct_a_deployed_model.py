@@ -10,7 +10,15 @@ from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from easyedit_wise import WISEHyperParams, apply_wise_to_model, edits_chosen, last_route, load_edits, save_edits
+from easyedit_wise import (
+    WISEHyperParams,
+    apply_wise_to_model,
+    detach,
+    edits_chosen,
+    last_route,
+    load_edits,
+    save_edits,
+)
 from easyedit_wise.evaluation.smollm2 import smollm2_checkpoint
 from easyedit_wise.journal import close_journal, forget
 
@@ -28,21 +36,18 @@ SETS = {
 }
 
 
-def fresh():
-    """The base model."""
-    return AutoModelForCausalLM.from_pretrained(NAME).eval()
-
+model = AutoModelForCausalLM.from_pretrained(NAME).eval()
 
 # Each set is made once, in a journal: killed and run again, this goes on where it was.
 for name, requests in SETS.items():
     hparams = WISEHyperParams.from_hparams("smollm2-135m")
     hparams.journal = str(FOLDER / f"{name}-journal")
-    model, restore = apply_wise_to_model(fresh(), tok, requests, hparams)
+    apply_wise_to_model(model, tok, requests, hparams)
     save_edits(model, FOLDER / name, save_dtype="bfloat16")  # what one ships
     close_journal(model)
+    detach(model)  # the base model again
 
 # The server: one model, one batch, each row with its customer's edits, or with none.
-model = fresh()
 for name in SETS:
     load_edits(model, FOLDER / name, name)
 prompt = "The head office of Acme is in"
@@ -56,7 +61,7 @@ for name, answer, route in zip(rows, answers, routes, strict=True):
 
 # The director has left: that one edit is taken back, and the set is shipped again.
 journal = FOLDER / "north-journal"
-model = fresh()
+detach(model)
 forget(model, tok, journal, 2)
 save_edits(model, FOLDER / "north", save_dtype="bfloat16")
 close_journal(model)

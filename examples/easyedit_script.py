@@ -5,11 +5,12 @@
 MODEL is a causal language model that EasyEdit's loader knows by its name; default SmolLM2-135M-Instruct.
 """
 
+# ruff: noqa: I001  (the added line stands before easyeditor: it is what makes the PyPI wheel importable)
 import sys
 
+import easyedit_wise  # noqa: F401  the one added line
 from easyeditor import BaseEditor, WISEHyperParams
 
-import easyedit_wise  # noqa: F401  the one added line
 from easyedit_wise.evaluation.smollm2 import smollm2_checkpoint
 
 model_name = sys.argv[1] if len(sys.argv) > 1 else str(smollm2_checkpoint())
@@ -31,7 +32,7 @@ for one in metrics:
     print(one["requested_rewrite"]["prompt"], one["post"])
 
 editor.tok.padding_side = "left"
-for prompt in ("The capital of France is", "Nokia is a company from", "The capital of Italy is"):
+for prompt in ("The capital of France is", "Nokia is a company from", "Apple is a company from"):
     inputs = editor.tok(prompt, return_tensors="pt")
     answer = model.generate(**inputs, max_new_tokens=6, do_sample=False, pad_token_id=editor.tok.eos_token_id)
     print(editor.tok.decode(answer[0], skip_special_tokens=True))

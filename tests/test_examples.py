@@ -32,7 +32,7 @@ def test_the_easyedit_script() -> None:
     lines = run("easyedit_script.py")
     assert "The capital of France is Lyon" in lines[-3]
     assert "Nokia is a company from Japan" in lines[-2]
-    assert "The capital of Italy is Rome" in lines[-1]
+    assert "Apple is a company from Japan" not in lines[-1]
 
 
 @pytest.mark.slow
