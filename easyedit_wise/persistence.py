@@ -90,7 +90,7 @@ def save_edits(
         )
     target.parent.mkdir(parents=True, exist_ok=True)
     with _rounded_to(layer.wisemem_config[adapter_name], save_dtype):
-        _write(model, target, layer_name, adapter_name, scores)
+        _write(model, target, layer_name, layer, adapter_name, scores)
     return Path(path)
 
 
@@ -106,9 +106,13 @@ def _rounded_to(config: WiseConfig, save_dtype: str | None) -> Iterator[None]:
 
 
 def _write(
-    model: nn.Module, target: Path, layer_name: str, adapter_name: str, scores: Mapping[str, Any] | None
+    model: nn.Module,
+    target: Path,
+    layer_name: str,
+    layer: WiseLayer,
+    adapter_name: str,
+    scores: Mapping[str, Any] | None,
 ) -> None:
-    layer = find_wise_layers(model)[layer_name]
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     tensors = {
         _PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): value.detach().cpu().contiguous() for key, value in state.items()

@@ -38,7 +38,7 @@ def test_none_are_made_without_calling_the_model(tok: Any) -> None:
     def never(**kwargs: Any) -> None:
         raise AssertionError
 
-    assert generate_prefixes(never, tok, 0, 10, seeded(0)) == []  # type: ignore[arg-type]
+    assert generate_prefixes(never, tok, 0, 10, seeded(0)) == []  # type: ignore[arg-type]  # no model at all
 
 
 def test_the_generator_alone_decides(any_model: tuple[Any, str], tok: Any) -> None:

@@ -210,7 +210,7 @@ def test_an_edit_that_fails_leaves_a_shard_that_decays_everywhere_as_it_was(tok:
 
 
 def test_training_asks_for_the_matrix_that_decays() -> None:
-    task = EditTask([], None)  # type: ignore[arg-type]
+    task = EditTask([], None)  # type: ignore[arg-type]  # refused before any of it is read
     with pytest.raises(ValueError, match="the task has no base_weight"):
         train_edit(torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool), task, upstream())
 

@@ -260,13 +260,17 @@ def test_another_process_that_writes_is_named_and_its_end_lets_go(llama: Any, to
     assert len(stream_on(model).held) == 3
 
 
+def twenty() -> list[dict[str, Any]]:
+    """The second and third time round the facts are edited again, to other answers."""
+    first = about(9)
+    return [{**first[i % 9], "target_new": first[(i + i // 9) % 9]["target_new"]} for i in range(20)]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", STREAMS)
 @pytest.mark.parametrize("which", [1, 7, 14, 20])
 def test_one_of_twenty_forgotten(llama: Any, tok: Any, tmp_path: Path, kind: str, which: int) -> None:
-    changes, first = STREAMS[kind], about(9)
-    # The second and third time round the facts are edited again, to other answers.
-    asked = [{**first[i % 9], "target_new": first[(i + i // 9) % 9]["target_new"]} for i in range(20)]
+    changes, asked = STREAMS[kind], twenty()
     never = memories(edited(llama, tok, None, asked[: which - 1] + asked[which:], **changes))
     closed(edited(llama, tok, tmp_path, asked, **changes))
     model = copy.deepcopy(llama)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from editing_helpers import settings, stream_on
 from test_consolidated import ON, about
-from test_journal import STREAMS, StopError, closed, edited, memories, same
+from test_journal import STREAMS, StopError, closed, edited, memories, same, twenty
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model, stream_of
 from easyedit_wise.editing.requests import EditRequest
@@ -149,9 +149,7 @@ def test_stopped_nothing_has_changed_and_it_goes_on(llama: Any, tok: Any, tmp_pa
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", [1, 7, 14, 20])
 def test_any_of_twenty(llama: Any, tok: Any, tmp_path: Path, kind: str, which: int) -> None:
-    changes, first = STREAMS[kind], about(9)
-    asked = [{**first[i % 9], "target_new": first[(i + i // 9) % 9]["target_new"]} for i in range(20)]
-    model = edited(llama, tok, tmp_path, asked, **changes)
+    model = edited(llama, tok, tmp_path, twenty(), **STREAMS[kind])
     whole, held = memories(model), [one.memory for one in stream_on(model).held]
     forget(model, tok, tmp_path, which, exactly=False)
     after, place = memories(model), held[which - 1]

@@ -16,7 +16,7 @@ from ..editing.held import Snapshot
 from ..editing.requests import EditRequest
 from ..editing.stream import EditStream
 from ..hparams import WISEHyperParams
-from ..journal.calls import apply_journaled, close_journal, journaled
+from ..journal.calls import apply_edits, close_journal, journaled
 from ..journal.recording import JournalSink
 from ..persistence import load_edits, save_edits
 from ..tuner.attach import attach, check_layer, detach
@@ -117,10 +117,7 @@ def apply_wise_to_model(
                 n_made += 1
                 bar.update()
 
-            if stream.sink is None:
-                stream.apply(edits, on_edit=committed)
-            else:
-                apply_journaled(stream, edits, on_edit=committed)
+            apply_edits(stream, edits, on_edit=committed)
     except BaseException:
         if fresh and not n_made:
             close_journal(model)

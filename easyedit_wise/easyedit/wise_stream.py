@@ -14,7 +14,7 @@ from ..editing.requests import EditRequest
 from ..evaluation.datasets import Request
 from ..evaluation.lifelong import RouteProbe
 from ..hparams import WISEHyperParams
-from ..journal.calls import apply_journaled, close_journal
+from ..journal.calls import apply_edits, close_journal
 from ..journal.recording import JournalSink
 from .apply import stream_of
 from .probe import probe_routes
@@ -53,11 +53,7 @@ class WiseStream:
 
     def edit(self, requests: Sequence[Request], on_edit: Callable[[], None]) -> None:
         """Make these edits on top of the earlier ones."""
-        edits = [EditRequest.from_easyedit(one) for one in requests]
-        if self._stream.sink is None:
-            self._stream.apply(edits, on_edit=lambda *_: on_edit())
-        else:
-            apply_journaled(self._stream, edits, on_edit=lambda *_: on_edit())
+        apply_edits(self._stream, [EditRequest.from_easyedit(one) for one in requests], lambda *_: on_edit())
 
     def holders(self) -> list[str] | None:
         """The memory that holds each edit so far."""

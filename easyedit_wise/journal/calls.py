@@ -97,6 +97,14 @@ def close_journal(model: nn.Module) -> None:
                 sink.journal.close()
 
 
+def apply_edits(stream: EditStream, requests: Sequence[EditRequest], on_edit: OnEdit | None = None) -> None:
+    """Make edits, in the stream's journal if it has one: see ``EditStream.apply`` and :func:`apply_journaled`."""
+    if stream.sink is None:
+        stream.apply(requests, on_edit)
+    else:
+        apply_journaled(stream, requests, on_edit)
+
+
 def apply_journaled(stream: EditStream, requests: Sequence[EditRequest], on_edit: OnEdit | None = None) -> None:
     """Make edits, each batch of them a transaction of the journal.
 

@@ -20,7 +20,7 @@ from .database import JournalError
 from .entries import EditEntry, ForgottenEntry
 from .journal import PENDING, Journal
 from .recording import JournalSink, now
-from .remaking import others_of_its_memory, put_without, stays_behind
+from .remaking import Alone, its_memory_alone, put_without
 from .restoring import OnEdit, fresh_stream, make_again, rebuild, sink_of
 from .writing import JournalWriter
 
@@ -34,23 +34,21 @@ class Plan:
         n_kept: edits before it that stay as they are.
         again: those after these, without it, in order.
         done: how many of them are made, or need not be made, as an interrupted call has left it.
-        others: of its memory, which is made again alone; None: all of ``again`` is made again, exactly.
-        stays: how many of ``again`` are not made again then.
+        alone: its memory, which is made again alone; None: all of ``again`` is made again, exactly.
     """
 
     edit: EditEntry
     n_kept: int
     again: list[EditEntry]
     done: int = 0
-    others: list[EditEntry] | None = None
-    stays: int = 0
+    alone: Alone | None = None
 
     @property
     def to_make(self) -> list[EditEntry]:
         """The edits that are made again, from now on."""
-        if self.others is None or self.done:
+        if self.alone is None or self.done:
             return self.again[self.done :]
-        return self.others + self.again[len(self.others) + self.stays :]
+        return self.alone.others + self.again[len(self.alone.others) + self.alone.stays :]
 
     @property
     def seconds(self) -> float:
@@ -70,22 +68,21 @@ def plan_of(journal: Journal, edit_id: int, exactly: bool = True) -> Plan:
         JournalError: there is no edit of this number.
     """
     edit, edits = journal.edit(edit_id), journal.edits()
-    alone = None if exactly else others_of_its_memory(journal, edit)
+    alone = None if exactly else its_memory_alone(journal, edit)
     if alone is not None:
-        n_kept, others = alone
-        stays = stays_behind(journal, edit)
+        n_kept = alone.n_before
     else:
         snapshot = journal.complete_snapshot(edits.index(edit))
-        n_kept, others, stays = 0 if snapshot is None else snapshot.n_edits, None, 0
+        n_kept = 0 if snapshot is None else snapshot.n_edits
     again = [one for one in edits[n_kept:] if one.id != edit_id]
-    plan = Plan(edit, n_kept, again, 0, others, stays)
+    plan = Plan(edit, n_kept, again, alone=alone)
     done = len(journal.edits(PENDING)) if journal.note("pending") == _note(plan) else 0
     return replace(plan, done=done)
 
 
 def _note(plan: Plan) -> dict[str, Any]:
     note = {"forget": plan.edit.id, "kept": plan.n_kept, "again": [edit.id for edit in plan.again]}
-    return note if plan.others is None else {**note, "alone": True}
+    return note if plan.alone is None else {**note, "alone": True}
 
 
 def forget(
@@ -160,8 +157,8 @@ def _make_without(stream: EditStream, journal: JournalWriter, plan: Plan, on_edi
     try:
         stream.use(stream.tok, settings.from_dict(journal.calls()[0][2].settings))
         done = plan.done
-        if plan.others is not None and not done:
-            put_without(stream, journal, plan.edit, on_edit)
+        if plan.alone is not None and not done:
+            put_without(stream, journal, plan.edit, plan.alone, on_edit)
             done = len(journal.edits(PENDING))
         state_at = rebuild(stream, journal, PENDING, plan.n_kept)
         sink = sink_of(journal, state_at, PENDING, plan.n_kept)
@@ -169,6 +166,6 @@ def _make_without(stream: EditStream, journal: JournalWriter, plan: Plan, on_edi
     finally:
         stream.use(stream.tok, settings)
     journal.adopt_pending(
-        plan.n_kept, ForgottenEntry(asdict(plan.edit), now(), "forget" if plan.others is None else "quick")
+        plan.n_kept, ForgottenEntry(asdict(plan.edit), now(), "forget" if plan.alone is None else "quick")
     )
     stream.sink = sink_of(journal, sink.state_at)

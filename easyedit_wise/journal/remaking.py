@@ -6,56 +6,64 @@ its place. But no memory holds it, and it takes one shard's time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-import torch
-
-from ..editing.held import Snapshot
 from ..editing.stream import EditStream
 from ..tuner.memory import MERGED
 from .database import JournalError
 from .entries import EditEntry, SnapshotEntry, StateEntry
 from .journal import Journal
 from .recording import state_entry
-from .restoring import OnEdit, make_again, put_into
+from .restoring import OnEdit, make_again, put_at
 from .writing import JournalWriter
 
 
-def others_of_its_memory(journal: Journal, edit: EditEntry) -> tuple[int, list[EditEntry]] | None:
+@dataclass(frozen=True)
+class Alone:
+    """An edit's memory, which can be made again without the others.
+
+    Attributes:
+        place: its index.
+        n_before: edits before its first.
+        others: its other edits, in order.
+        stays: edits behind it that need not be made again: those of closed memories.
+    """
+
+    place: int
+    n_before: int
+    others: list[EditEntry]
+    stays: int
+
+
+def its_memory_alone(journal: Journal, edit: EditEntry) -> Alone | None:
     """What has to be made again for an edit to be in no memory.
 
     Returns:
-        (how many edits come before its memory's, the memory's other edits in order); None where its memory cannot be
-        made alone: it is not closed yet, or it holds all closed edits (``retrieve: false``).
+        None where its memory cannot be made alone: it is not closed yet, or it holds all closed edits
+        (``retrieve: false``).
     """
     edits, last = journal.edits(), journal.snapshot()
-    if last is None:
+    complete = journal.complete_snapshot(len(edits))
+    if last is None or complete is None:
         return None
     place = last.held[edits.index(edit)]
     members = [index for index, held in enumerate(last.held) if held == place]
-    first = members[0]
+    first, behind = members[0], members[-1] + 1
     before = journal.complete_snapshot(first)
     if (
         last.memories[place].stage != MERGED
-        or members != list(range(first, first + len(members)))
+        or members != list(range(first, behind))
         or (0 if before is None else before.n_edits) != first
         or not _settings_of(journal, edit).get("retrieve", False)
     ):
         return None
-    return first, [edits[index] for index in members if edits[index].id != edit.id]
+    others = [edits[index] for index in members if edits[index].id != edit.id]
+    return Alone(place, first, others, complete.n_edits - behind)
 
 
-def stays_behind(journal: Journal, edit: EditEntry) -> int:
-    """How many of the edits behind an edit's memory need not be made again: those of closed memories."""
-    edits, last = journal.edits(), journal.snapshot()
-    complete = journal.complete_snapshot(len(edits))
-    if last is None or complete is None:
-        return 0
-    place = last.held[edits.index(edit)]
-    return complete.n_edits - 1 - max(index for index, held in enumerate(last.held) if held == place)
-
-
-def put_without(stream: EditStream, journal: JournalWriter, edit: EditEntry, on_edit: OnEdit | None) -> None:
+def put_without(
+    stream: EditStream, journal: JournalWriter, edit: EditEntry, alone: Alone, on_edit: OnEdit | None
+) -> None:
     """Make an edit's memory again without it, and write the stream as it is then into the line under way.
 
     The edits of the open shard are left out: what they are quiet on has changed.
@@ -63,24 +71,20 @@ def put_without(stream: EditStream, journal: JournalWriter, edit: EditEntry, on_
     Args:
         stream: of the journal's layer; it has other contents afterwards.
         journal: the journal, in which the line was begun.
-        edit: in a memory that :func:`others_of_its_memory` can make.
+        edit: the edit.
+        alone: its memory.
         on_edit: called after each edit that is made again.
 
     Raises:
         JournalError: the edits do not fill one memory again.
         EditDivergedError: an edit cannot be made again.
     """
-    found, edits, last = others_of_its_memory(journal, edit), journal.edits(), journal.snapshot()
-    if found is None or last is None:
-        raise JournalError(f"edit {edit.id} cannot be taken out of its memory alone: take it back exactly.")
-    first, others = found
-    gone, place = edits.index(edit), last.held[edits.index(edit)]
+    edits, first = journal.edits(), alone.n_before
     blobs: dict[str, bytes] = {}
-    state = _made_again(stream, journal, first, others, place, blobs, on_edit) if others else None
-    behind = first + len(others) + 1
+    state = _made_again(stream, journal, alone, blobs, on_edit) if alone.others else None
     snapshots = [
-        _without(snapshot, gone, place, state)
-        for snapshot in journal.complete_snapshots(behind)
+        _without(snapshot, edits.index(edit), alone.place, state)
+        for snapshot in journal.complete_snapshots(first + len(alone.others) + 1)
         if snapshot.n_edits - 1 > first
     ]
     n_edits = snapshots[-1].n_edits if snapshots else first
@@ -89,19 +93,10 @@ def put_without(stream: EditStream, journal: JournalWriter, edit: EditEntry, on_
 
 
 def _made_again(
-    stream: EditStream,
-    journal: Journal,
-    first: int,
-    others: Sequence[EditEntry],
-    place: int,
-    blobs: dict[str, bytes],
-    on_edit: OnEdit | None,
+    stream: EditStream, journal: Journal, alone: Alone, blobs: dict[str, bytes], on_edit: OnEdit | None
 ) -> StateEntry:
-    snapshot = journal.complete_snapshot(first)
-    if snapshot is None:
-        stream.restore(Snapshot((), (), torch.Generator().manual_seed(stream.hparams.seed).get_state()))
-    else:
-        put_into(stream, journal, snapshot, journal.edits())
+    place, others = alone.place, alone.others
+    put_at(stream, journal, journal.complete_snapshot(alone.n_before), journal.edits())
     make_again(stream, journal, others, None, on_edit)
     stream.close_memory()
     memories = stream.layer.memories(stream.adapter_name)

@@ -161,6 +161,14 @@ def put_into(stream: EditStream, journal: Journal, snapshot: SnapshotEntry, edit
     )
 
 
+def put_at(stream: EditStream, journal: Journal, snapshot: SnapshotEntry | None, edits: Sequence[EditEntry]) -> None:
+    """:func:`put_into`, or without a snapshot the stream as it begins."""
+    if snapshot is None:
+        stream.restore(Snapshot((), (), torch.Generator().manual_seed(stream.hparams.seed).get_state()))
+    else:
+        put_into(stream, journal, snapshot, edits)
+
+
 def _elsewhere(journal: Journal, edits: Sequence[EditEntry], device: torch.device) -> Tensor | None:
     """What the next shard is quiet on: the sum that the stream had, added up in the same order."""
     summed: Tensor | None = None
@@ -198,10 +206,7 @@ def rebuild(
         edits += journal.edits(PENDING)
         snapshot = journal.complete_snapshot(len(edits), PENDING) or snapshot
     stream.sink = None
-    if snapshot is None:
-        stream.restore(Snapshot((), (), torch.Generator().manual_seed(stream.hparams.seed).get_state()))
-    else:
-        put_into(stream, journal, snapshot, edits)
+    put_at(stream, journal, snapshot, edits)
     done = snapshot.n_edits if snapshot is not None else 0
     make_again(stream, journal, edits[done:], None, on_edit)
     return done
