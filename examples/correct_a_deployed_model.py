@@ -2,7 +2,8 @@
 
     .venv/bin/python examples/correct_a_deployed_model.py [MODEL [FOLDER]]
 
-MODEL is a path or name; default SmolLM2-135M-Instruct. FOLDER takes the journals and adapters; default runs/deployed.
+MODEL is a path or name; default SmolLM2-135M-Instruct. FOLDER, a new one, takes the journals and adapters; default
+runs/deployed.
 """
 
 import sys
@@ -24,6 +25,8 @@ from easyedit_wise.journal import close_journal, forget
 
 NAME = sys.argv[1] if len(sys.argv) > 1 else str(smollm2_checkpoint())
 FOLDER = Path(sys.argv[2] if len(sys.argv) > 2 else "runs/deployed")
+if FOLDER.exists():
+    sys.exit(f"{FOLDER} is there already, and a journal's edits are not made twice: name another folder, or remove it.")
 tok = AutoTokenizer.from_pretrained(NAME, padding_side="left")
 tok.pad_token = tok.pad_token or tok.eos_token
 
@@ -38,7 +41,7 @@ SETS = {
 
 model = AutoModelForCausalLM.from_pretrained(NAME).eval()
 
-# Each set is made once, in a journal: killed and run again, this goes on where it was.
+# Each set is made in a journal: every edit is on disk the moment it is made (a set that was stopped: docs/journal.md).
 for name, requests in SETS.items():
     hparams = WISEHyperParams.from_hparams("smollm2-135m")
     hparams.journal = str(FOLDER / f"{name}-journal")

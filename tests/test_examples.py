@@ -39,7 +39,8 @@ def test_the_easyedit_script() -> None:
 def test_correcting_a_deployed_model(tmp_path: Path) -> None:
     from easyedit_wise.evaluation.smollm2 import smollm2_checkpoint
 
-    lines = run("correct_a_deployed_model.py", str(smollm2_checkpoint()), str(tmp_path))
+    arguments = str(smollm2_checkpoint()), str(tmp_path / "deployed")
+    lines = run("correct_a_deployed_model.py", *arguments)
     north, south, base = lines[-4:-1]
     assert "Oslo" in north
     assert "north/0" in north
@@ -47,3 +48,5 @@ def test_correcting_a_deployed_model(tmp_path: Path) -> None:
     assert "south/0" in south
     assert "main" in base
     assert lines[-1].endswith("now holds 1 edit")
+    with pytest.raises(AssertionError, match="is there already"):  # run again, it would make the edits again
+        run("correct_a_deployed_model.py", *arguments)

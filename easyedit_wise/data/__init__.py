@@ -27,7 +27,7 @@ def demo_facts() -> list[dict[str, Any]]:
 
 
 def neutral_prompts() -> tuple[str, ...]:
-    """146 prompts about none of the demo's facts: diverse in topic and form, short questions of fact, forms of questions.
+    """146 prompts about none of the demo's facts: diverse in topic and form, short questions of fact, other forms.
 
     They stand in for the irrelevant prompt x_i of the routing margin loss (Eq. 5) when an edit
     request brings no ``loc_prompt`` of its own.
