@@ -121,6 +121,7 @@ def check_numbers(name: str, tensor: Tensor, path: Path) -> None:
         "delta_weight": lambda: tensor.is_floating_point() and bool(tensor.isfinite().all()),
         "mask": lambda: tensor.dtype == torch.bool,
         "epsilon": lambda: tensor.is_floating_point() and not bool(tensor.isnan()),
+        "weakest_edit": lambda: tensor.is_floating_point() and not bool(tensor.isnan()),
         "n_edits": lambda: tensor.dtype == torch.int64 and int(tensor) >= 0,
     }.get(kind)
     if good is not None and not good():

@@ -23,6 +23,8 @@ POOLINGS = ("mean", "max", "last")
 _ROUNDING = 1e-3
 # Of relative scores, what a newer memory needs of the largest. On ZsRE .85 to .7 serve edits and rephrasings alike.
 NEWEST_WITHIN = 0.75
+# Of the score of its weakest edit, what a memory takes a query for one of its own edits from.
+RECOGNISED_FROM = 0.97
 # How fast further memories grow stricter: a short stream can do with lax ones (docs/experiments.md).
 _SPENDING = 0.4
 
@@ -102,17 +104,25 @@ def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = 
     raise ValueError(f"pooling={pooling!r} is not known: choose one of {', '.join(POOLINGS)}.")
 
 
-def choose_memory(scores: Tensor, epsilon: Tensor, newest_within: float | None = None) -> Tensor:
+def choose_memory(
+    scores: Tensor, epsilon: Tensor, newest_within: float | None = None, recognised: Tensor | None = None
+) -> Tensor:
     """Eq. 6 for several memories: the most active one among those above their own threshold.
 
     A memory is trained to be quiet on the edits of earlier ones, and they know nothing of its own. So where it
     disagrees with an earlier one about an edit of the same fact or subject, it is right as a rule, even if it scores
     less: with ``newest_within`` the last memory is chosen of those that score at least this share of the most active.
 
+    A newer memory that merely has something in common with an earlier one's edit scores less than on an edit of its
+    own. So with ``recognised`` the last memory is chosen of those that score as on their own edits; where none does,
+    as above.
+
     Args:
         scores: shape (B, M), oldest memory first.
         epsilon: shape (M,), the threshold of each memory.
         newest_within: a share, in (0, 1]; None: the most active one (the paper's).
+        recognised: shape (M,), the score from which on a memory takes a query for one of its own edits; infinite
+            where that is not known.
 
     Returns:
         Shape (B,), int64: the index of the chosen side memory, or ``MAIN_MEMORY`` (-1).
@@ -122,9 +132,24 @@ def choose_memory(scores: Tensor, epsilon: Tensor, newest_within: float | None =
     eligible = torch.where(scores > epsilon, scores, torch.full_like(scores, -math.inf))
     best, choice = eligible.max(dim=-1)
     if newest_within is not None:
-        close = (eligible > -math.inf) & (eligible >= newest_within * best[..., None])
-        choice = torch.where(close, torch.arange(scores.shape[-1], device=scores.device), MAIN_MEMORY).amax(dim=-1)
+        choice = newest((eligible > -math.inf) & (eligible >= newest_within * best[..., None]))
+    if recognised is not None:
+        own = newest((eligible > -math.inf) & (eligible >= recognised))
+        choice = torch.where(own == MAIN_MEMORY, choice, own)
     return torch.where(best == -math.inf, torch.full_like(choice, MAIN_MEMORY), choice)
+
+
+def newest(candidates: Tensor) -> Tensor:
+    """The last memory of each row's candidates.
+
+    Args:
+        candidates: bool, shape (B, M), oldest memory first.
+
+    Returns:
+        Shape (B,), int64; ``MAIN_MEMORY`` (-1) where there is none.
+    """
+    places = torch.arange(candidates.shape[-1], device=candidates.device)
+    return torch.where(candidates, places, MAIN_MEMORY).amax(dim=-1)
 
 
 def minimum_threshold(edit_scores: Sequence[float], act_ratio: float = 1.0) -> float:

@@ -183,6 +183,7 @@ def test_whole_modules_are_left_to_peft(llama: Any, make_model: Callable[..., An
         ("delta_weight.values", torch.tensor(torch.inf)),
         ("epsilon", torch.tensor(torch.nan)),
         ("epsilon", torch.tensor(3)),
+        ("weakest_edit", torch.tensor(torch.nan)),
         ("n_edits", torch.tensor(-1)),
         ("n_edits", torch.tensor(1.5)),
     ],

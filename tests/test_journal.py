@@ -35,13 +35,14 @@ STREAMS = {
 
 def memories(model: Any) -> list[tuple[Any, ...]]:
     return [
-        (one.stage, one.n_edits, one.epsilon, one.delta_weight.clone()) for one in only_layer(model).memories("default")
+        (one.stage, one.n_edits, one.epsilon, one.weakest_edit, one.delta_weight.clone())
+        for one in only_layer(model).memories("default")
     ]
 
 
 def same(left: list[tuple[Any, ...]], right: list[tuple[Any, ...]]) -> bool:
     return len(left) == len(right) and all(
-        one[:3] == other[:3] and torch.equal(one[3], other[3]) for one, other in zip(left, right, strict=True)
+        one[:4] == other[:4] and torch.equal(one[4], other[4]) for one, other in zip(left, right, strict=True)
     )
 
 

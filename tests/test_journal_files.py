@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import math
 import shutil
 import sqlite3
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from test_journal import closed, edited, memories, same
 from easyedit_wise.easyedit.apply import apply_wise_to_model
 from easyedit_wise.editing.open_shard import OpenShard
 from easyedit_wise.journal.calls import resume
-from easyedit_wise.journal.database import JOURNAL_FILE, Database, JournalDamagedError, JournalError
+from easyedit_wise.journal.database import JOURNAL_FILE, Database, JournalDamagedError, JournalError, digest_of
 from easyedit_wise.journal.entries import EditEntry
 from easyedit_wise.journal.journal import Journal
 from easyedit_wise.journal.restoring import attached
@@ -132,10 +134,40 @@ def test_flipped_bytes_never_pass_for_other_edits(journal: Path, tok: Any, make_
 
 
 def test_a_newer_journal(journal: Path) -> None:
-    altered(journal, "PRAGMA user_version = 2")
+    altered(journal, "PRAGMA user_version = 3")
     for write in (False, True):
-        with pytest.raises(JournalError, match=r"has version 2, and this easyedit_wise reads up to 1: update it"):
+        with pytest.raises(JournalError, match=r"has version 3, and this easyedit_wise reads up to 2: update it"):
             Database(journal, write)
+
+
+def test_a_journal_of_the_first_version_is_read_and_goes_on_as_one_of_this(journal: Path, llama: Any, tok: Any) -> None:
+    """It does not say what the weakest edit of a memory scores."""
+    with sqlite3.connect(journal / JOURNAL_FILE) as connection:
+        for line, seq, body in connection.execute("SELECT line, seq, body FROM snapshots").fetchall():
+            values = json.loads(body)
+            assert all(state.pop("weakest_edit") > 0 for state in values["states"])
+            body = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
+            changed = (body, digest_of(body), line, seq)
+            connection.execute("UPDATE snapshots SET body = ?, digest = ? WHERE line = ? AND seq = ?", changed)
+        connection.execute("PRAGMA user_version = 1")
+    connection.close()
+
+    def version() -> int:
+        with sqlite3.connect(journal / JOURNAL_FILE) as connection:
+            (found,) = connection.execute("PRAGMA user_version").fetchone()
+        connection.close()
+        return int(found)
+
+    reader = copy.deepcopy(llama)
+    with Journal(journal) as read:
+        attached(reader, tok, read)
+    known = memories(reader)
+    assert [memory[3] for memory in known] == [math.inf] * len(known)
+    assert version() == 1  # nobody has written to it
+    writer = edited(llama, tok, journal, about(5)[4:], **ON)
+    closed(writer)
+    assert version() == 2
+    assert memories(writer)[-1][3] < math.inf
 
 
 def test_another_programs_database(tmp_path: Path) -> None:

@@ -146,17 +146,18 @@ def test_files_are_safetensors_and_json_only(folder: Path) -> None:
     assert sorted(files(folder)) == WRITTEN
     tensors = load_file(folder / WEIGHTS_FILE)
     memories = f"base_model.model.{module_name_of(LLAMA)}.wisemem_memories"
-    names = ("delta_weight.values", "epsilon", "n_edits")
+    scalars = ("epsilon", "n_edits", "weakest_edit")
+    names = ("delta_weight.values", *scalars)
     expected = {f"{memories}.{index}.{name}" for index in range(2) for name in names}
     live = {f"{memories}.2.{name}" for name in ("delta_weight.values", "delta_weight.bits", "mask.bits")}
-    assert set(tensors) == {*expected, *live, f"{memories}.2.epsilon", f"{memories}.2.n_edits"}
+    assert set(tensors) == {*expected, *live, *(f"{memories}.2.{name}" for name in scalars)}
     assert tensors[f"{memories}.2.mask.bits"].dtype == torch.uint8
     config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     assert config["peft_type"] == "WISE"
     assert config["memories"] == ["merged", "shard", "live"]
     assert config["target_modules"] == [module_name_of(LLAMA)]
     record = json.loads((folder / EDITS_FILE).read_text(encoding="utf-8"))
-    assert record["format_version"] == 2
+    assert record["format_version"] == 3
     assert record["layer"] == module_name_of(LLAMA)
     assert [one["stage"] for one in record["memories"]] == ["merged", "shard", "live"]
     # Nothing temporary is left beside the folder, and others may read what is in it.
@@ -424,7 +425,7 @@ def damage(folder: Path, how: str) -> str:
         rewrite(path, target_modules=["down_proj"])
         return "3 match"
     elif what == "a newer format":
-        rewrite(path, format_version=3)
+        rewrite(path, format_version=4)
     elif what == "settings of a later version":
         rewrite(path, settings={"inner_params": [LLAMA], "telepathy": True})
     elif what == "an edit without a prompt":

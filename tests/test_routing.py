@@ -160,6 +160,25 @@ def test_the_newest_of_those_near_the_most_active_by_hand() -> None:
     assert choose_memory(torch.zeros(2, 0), torch.zeros(0), 0.75).tolist() == [MAIN_MEMORY] * 2
 
 
+def test_a_memory_that_scores_as_on_its_own_edits_goes_before_a_newer_one_by_hand() -> None:
+    epsilon, recognised = tensor([1.0, 1.0, 3.3]), tensor([4.0, 4.0, 3.0])
+    scores = tensor(
+        [
+            [4.0, 3.9, 0.0],  # memory 1 is near enough to be preferred, but only memory 0 scores as on its own edits
+            [9.0, 4.0, 0.0],  # both do: the newer one, however much the other says
+            [3.9, 3.0, 0.0],  # none does: the newest near the most active
+            [3.9, 2.0, 3.2],  # memory 2 would, but is below its threshold: as if it were not there
+            [0.5, 0.5, 0.5],
+        ]
+    )
+    assert choose_memory(scores, epsilon, 0.75, recognised).tolist() == [0, 1, 1, 0, MAIN_MEMORY]
+    assert choose_memory(scores, epsilon, None, recognised).tolist() == [0, 1, 0, 0, MAIN_MEMORY]
+    unknown = torch.full((3,), math.inf)  # memories of files that do not say what their edits score
+    for within in (None, 0.75):
+        assert torch.equal(choose_memory(scores, epsilon, within, unknown), choose_memory(scores, epsilon, within))
+    assert choose_memory(torch.zeros(2, 0), torch.zeros(0), 0.75, torch.zeros(0)).tolist() == [MAIN_MEMORY] * 2
+
+
 def test_choose_memory_without_memories_stays_in_the_main_memory() -> None:
     choice = choose_memory(torch.zeros(3, 0), torch.zeros(0))
     assert choice.tolist() == [-1, -1, -1]

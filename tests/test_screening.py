@@ -176,6 +176,27 @@ def test_one_that_may_come_near_enough_to_be_preferred_is_needed() -> None:
         assert next_to_score(bounds, tensor([1.0, 1.0]), scores, known, newest_within=0.75).tolist() == [needed]
 
 
+def test_what_may_recognise_the_query_is_needed_and_nothing_before_what_does() -> None:
+    epsilon, recognised = tensor([1.0, 1.0, 1.0]), tensor([5.0, 4.0, 4.0])
+    cases = [
+        ([9.0, 3.9, 3.9], [0.0, 4.0, 0.0], [0, 1, 0], -1),  # memory 1 does, memory 2 cannot, memory 0 comes before
+        ([9.0, 3.9, 4.0], [0.0, 4.0, 0.0], [0, 1, 0], 2),  # memory 2 may
+        (
+            [2.9, 9.0, 2.9],
+            [0.0, 3.9, 0.0],
+            [0, 1, 0],
+            -1,
+        ),  # none does or may: what is far from the most active is not needed
+        ([2.95, 9.0, 2.0], [0.0, 3.9, 0.0], [0, 1, 0], 0),  # one that may come near it is
+        ([5.0, 9.0, 2.0], [0.0, 9.0, 0.0], [0, 1, 0], -1),
+        ([2.0, 2.0, 2.0], [0.0, 0.0, 0.0], [0, 0, 0], 0),
+        ([INF, 9.0, 0.5], [0.0, 5.0, 0.0], [0, 1, 0], -1),
+    ]
+    for upper, scores, known, needed in cases:
+        given_ = (tensor([upper]), epsilon, tensor([scores]), tensor([known]).bool())
+        assert next_to_score(*given_, newest_within=0.75, recognised=recognised).tolist() == [needed], upper
+
+
 def test_a_known_score_below_its_threshold_rules_out_nobody() -> None:
     known = tensor([[False, True]])
     assert next_to_score(tensor([[2.0, 9.0]]), tensor([1.0, 5.0]), tensor([[0.0, 4.0]]), known).tolist() == [0]
@@ -200,28 +221,47 @@ def memory_of(kind: str, generator: torch.Generator, earlier: list[Tensor]) -> T
     return {"copy": earlier[-1].clone(), "scaled": 1.5 * earlier[0], "close": earlier[-1] + 1e-3 * dense}[kind]
 
 
-def candidates_of(deltas: list[Tensor], epsilons: list[float], pooling: str = "mean", **config: Any) -> list[Candidate]:
+def candidates_of(
+    deltas: list[Tensor],
+    epsilons: list[float],
+    pooling: str = "mean",
+    weakest: list[float] | None = None,
+    **config: Any,
+) -> list[Candidate]:
     settings_ = WiseConfig(target_modules=["x"], pooling=pooling, **config)
-    states = [MemoryState(MERGED, dw, None, epsilon, 1) for dw, epsilon in zip(deltas, epsilons, strict=True)]
+    own = zip(deltas, epsilons, weakest or [INF] * len(deltas), strict=True)
+    states = [MemoryState(MERGED, dw, None, epsilon, 1, weakest_edit) for dw, epsilon, weakest_edit in own]
     return [Candidate(f"default/{index}", SideMemory(state), settings_) for index, state in enumerate(states)]
+
+
+NEAR = st.lists(st.sampled_from([0.3, 0.7, 0.98, 0.9999, 1.0001, 1.02, 1.5, INF, 0.0, -1.0]), min_size=9, max_size=9)
 
 
 @given(
     seed=st.integers(0, 10_000),
     kinds=st.lists(st.sampled_from(KINDS), min_size=4, max_size=9),
-    near=st.lists(st.sampled_from([0.3, 0.7, 0.98, 0.9999, 1.0001, 1.02, 1.5, INF, 0.0, -1.0]), min_size=9, max_size=9),
+    near=NEAR,
+    weakest_near=NEAR,
     pooling=st.sampled_from(POOLINGS),
     padded=st.booleans(),
     n_tokens=st.sampled_from([1, 3, 40]),
     relative=st.booleans(),
 )
-@example(0, ["dense", "copy", "copy", "copy"], [0.9] * 9, "mean", False, 3, False)
-@example(1, ["close"] * 9, [0.98] * 9, "mean", True, 3, False)
-@example(2, ["zero"] * 5, [0.0] * 9, "max", True, 3, False)
-@example(3, ["dense"] * 9, [0.3, 0.7] * 5, "max", False, 3, True)
+@example(0, ["dense", "copy", "copy", "copy"], [0.9] * 9, [INF] * 9, "mean", False, 3, False)
+@example(1, ["close"] * 9, [0.98] * 9, [INF] * 9, "mean", True, 3, False)
+@example(2, ["zero"] * 5, [0.0] * 9, [0.0] * 9, "max", True, 3, False)
+@example(3, ["dense"] * 9, [0.3, 0.7] * 5, [INF] * 9, "max", False, 3, True)
+@example(4, ["dense"] * 9, [0.3, 0.7] * 5, [0.98, 1.02, 1.5] * 3, "max", False, 3, True)
 @settings(max_examples=200, deadline=None)
 def test_the_screened_decision_is_the_exact_one(
-    seed: int, kinds: list[str], near: list[float], pooling: str, padded: bool, n_tokens: int, relative: bool
+    seed: int,
+    kinds: list[str],
+    near: list[float],
+    weakest_near: list[float],
+    pooling: str,
+    padded: bool,
+    n_tokens: int,
+    relative: bool,
 ) -> None:
     generator = seeded(seed)
     deltas: list[Tensor] = []
@@ -234,11 +274,14 @@ def test_the_screened_decision_is_the_exact_one(
     of_tokens = [relative_activation(F.linear(x, dw), x) if relative else routing_activation(x, dw) for dw in deltas]
     scores = torch.stack([pool(tokens, mask, pooling) for tokens in of_tokens], dim=-1)
     # Each threshold lies near the score of one of the rows; absolute where it is not a multiple.
-    epsilons = [
-        float(scores[index % 5, index]) * factor if 0 < factor < INF else factor
-        for index, factor in enumerate(near[: len(kinds)])
-    ]
-    candidates = candidates_of(deltas, epsilons, pooling, relative_scores=relative)
+    epsilons, weakest = (
+        [
+            float(scores[(index + row) % 5, index]) * factor if 0 < factor < INF else factor
+            for index, factor in enumerate(factors[: len(kinds)])
+        ]
+        for row, factors in enumerate((near, weakest_near))
+    )
+    candidates = candidates_of(deltas, epsilons, pooling, weakest, relative_scores=relative)
     exact, expected = decide(x, base, candidates, F.linear, mask)
     screened, result = decide(x, base, candidates, F.linear, mask, sketches=SketchCache())
     for row in range(5):
@@ -256,6 +299,24 @@ def test_the_screened_decision_is_the_exact_one(
     torch.testing.assert_close(result[agree], expected[agree], rtol=1e-5, atol=1e-4)
     known = torch.ones_like(screened.scores).bool() if screened.exact is None else screened.exact
     torch.testing.assert_close(screened.scores[known], exact.scores[known], rtol=1e-5, atol=1e-5)
+
+
+def test_a_memory_answers_what_scores_as_on_its_own_edits() -> None:
+    """Memory 1 is near enough to be preferred: as it is, too, unless memory 0 alone recognises the query."""
+    x, delta = torch.randn(1, 1, D_IN, generator=seeded(1)), torch.randn(D_OUT, D_IN, generator=seeded(2))
+    score = float(relative_activation(F.linear(x, delta), x))
+
+    def chosen(weakest: list[float], relative: bool = True) -> int:
+        own = candidates_of([delta, 0.9 * delta], [score / 2] * 2, "max", weakest, relative_scores=relative)
+        route, _ = decide(x, torch.zeros(1, 1, D_OUT), own, F.linear)
+        return int(route.choice)
+
+    assert chosen([INF, INF]) == 1
+    assert chosen([score / 0.98, INF]) == 0
+    assert chosen([score / 0.96, INF]) == 1
+    assert chosen([score, 0.9 * score]) == 1
+    assert chosen([score / 0.98, INF], relative=False) == 0  # the most active one, whatever it recognises
+    assert chosen([INF, 0.1], relative=False) == 0
 
 
 def counted(rows: list[int]) -> Any:

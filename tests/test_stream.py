@@ -264,6 +264,7 @@ def test_epsilon_by_the_papers_rule(make_model: Any, tok: Any, act_ratio: float,
             scores = [mean_score(base, tok, LAYERS["llama"], state.delta_weight, prompt) for prompt in mine]
             assert state.epsilon == pytest.approx(minimum_threshold(scores, act_ratio), rel=1e-4)
             assert state.epsilon == pytest.approx(act_ratio * min(scores), rel=1e-2)
+            assert state.weakest_edit == pytest.approx(min(scores), rel=1e-4)
 
 
 @pytest.mark.parametrize(("position", "retrieve"), [(0.0, False), (0.7, False), (0.4, True)])
@@ -287,6 +288,7 @@ def test_epsilon_calibrated(make_model: Any, tok: Any, position: float, retrieve
             # Of the memories that stay beside each other, each further one is stricter.
             expected = calibrated_threshold(asked, others, spent_position(position, index if retrieve else 0))
             assert state.epsilon == pytest.approx(expected, rel=1e-3), (count, index)
+            assert state.weakest_edit == pytest.approx(min(asked[: len(mine)]), rel=1e-4), (count, index)
 
 
 def test_an_edit_is_answered_by_its_memory_and_other_prompts_are_not(make_model: Any, tok: Any) -> None:

@@ -83,6 +83,7 @@ def same_memories(one: Sequence[MemoryState], other: Sequence[MemoryState]) -> b
         and (a.mask is None) == (b.mask is None)
         and (a.mask is None or torch.equal(a.mask, b.mask))
         and torch.equal(torch.tensor(a.epsilon), torch.tensor(b.epsilon))
+        and torch.equal(torch.tensor(a.weakest_edit), torch.tensor(b.weakest_edit))
         for a, b in zip(one, other, strict=True)
     )
 

@@ -212,7 +212,7 @@ class EditStream:
             trained = [sum(one.edit_scores) / per_edit for one in made]
             states = with_epsilon_as_trained(states, trained, live.n_edits, self.hparams)
         else:
-            states[-1] = states[-1].with_(epsilon=self._threshold(scores, learned, place))
+            states[-1] = self._with_thresholds(states[-1], scores, place)
         self._open_shard = shard
         if is_full(states[-1], shard.n_tokens, self.hparams):
             states = self._closed(states)
@@ -303,15 +303,17 @@ class EditStream:
 
     # -- thresholds ---------------------------------------------------------------------------
 
-    def _threshold(self, scores: Sequence[EditScores], delta_weight: Tensor, place: int) -> float:
+    def _with_thresholds(self, state: MemoryState, scores: Sequence[EditScores], place: int) -> MemoryState:
+        """What the scores of a memory are compared with, from its edits' scores and irrelevant prompts'."""
         neutral, texts = self._recorder.unseen()
         # The shards of WISE-Merge become one memory before long.
         n_earlier = place if self.hparams.retrieve else 0
-        return threshold(scores, neutral, delta_weight, self.hparams, n_earlier, texts)
+        epsilon = threshold(scores, neutral, state.delta_weight, self.hparams, n_earlier, texts)
+        return state.with_(epsilon=epsilon, weakest_edit=min(one.prompt for one in scores))
 
     def _calibrated(self, state: MemoryState, place: int) -> MemoryState:
-        """A closed memory with epsilon from all its edits, scored anew from their texts, some at a time."""
+        """A closed memory with thresholds from all its edits, scored anew from their texts, some at a time."""
         scores: list[EditScores] = []
         for recorded in self._recorder.edits(self._requests_in(place)):
             scores += edit_scores(recorded, state.delta_weight, self.hparams)
-        return state.with_(epsilon=self._threshold(scores, state.delta_weight, place)) if scores else state
+        return self._with_thresholds(state, scores, place) if scores else state

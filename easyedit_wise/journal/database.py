@@ -16,7 +16,8 @@ from filelock import FileLock, Timeout
 
 JOURNAL_FILE = "journal.sqlite3"
 LOCK_FILE = "journal.lock"
-SCHEMA_VERSION = 1
+# 2: a snapshot says what the weakest edit of each memory scores.
+SCHEMA_VERSION = 2
 # "WISE": what tells a journal from another program's database.
 _APPLICATION_ID = 0x57495345
 # How long a reader waits for a commit under way; one writes some hundreds of megabytes at most.
@@ -138,6 +139,9 @@ class Database:
             )
         if version < 1:
             raise JournalDamagedError(self._damaged("it has no version"))
+        # All that is there stays as it is, but an older version could not read what comes now.
+        if write and version < SCHEMA_VERSION:
+            self.run(f"PRAGMA user_version={SCHEMA_VERSION}")
 
     def _number(self, pragma: str) -> int:
         return int(str(self.rows(f"PRAGMA {pragma}")[0][0]))

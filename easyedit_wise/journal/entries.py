@@ -113,6 +113,7 @@ class StateEntry:
         epsilon: its threshold.
         delta_weight: the blob of dW.
         mask: the blob of a live shard's mask.
+        weakest_edit: what its weakest edit's prompt scores; None where that is not known.
     """
 
     stage: str
@@ -120,6 +121,7 @@ class StateEntry:
     epsilon: float
     delta_weight: str
     mask: str | None = None
+    weakest_edit: float | None = None
 
 
 @dataclass(frozen=True)

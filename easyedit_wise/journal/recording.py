@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import time
 from collections.abc import Sequence
 from datetime import datetime, timezone
@@ -179,7 +180,8 @@ def state_entry(state: MemoryState, blobs: dict[str, bytes]) -> StateEntry:
     if state.stage == LIVE and state.mask is not None:
         mask = _put(mask_bytes(state.mask), blobs)
     delta_weight = _put(memory_bytes(state.delta_weight, state.mask), blobs)
-    return StateEntry(state.stage, state.n_edits, state.epsilon, delta_weight, mask)
+    weakest = state.weakest_edit if math.isfinite(state.weakest_edit) else None
+    return StateEntry(state.stage, state.n_edits, state.epsilon, delta_weight, mask, weakest)
 
 
 def _edit_entries(

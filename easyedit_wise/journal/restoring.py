@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -131,6 +132,7 @@ def put_into(stream: EditStream, journal: Journal, snapshot: SnapshotEntry, edit
                     None if mask is None else mask.to(device),
                     one.epsilon,
                     one.n_edits,
+                    math.inf if one.weakest_edit is None else one.weakest_edit,
                 )
             )
         if not len(held) == len(snapshot.held) == snapshot.n_edits or not all(

@@ -2,11 +2,12 @@
 
 PEFT and transformers know an adapter's tensors by name only. ``....wisemem_memories.0.delta_weight`` is one of them in
 a model, and in a file there are its parts, such as ``....wisemem_memories.0.delta_weight.values``; a file with the
-tensor itself, as earlier versions wrote it, is read as well.
+tensor itself, as earlier versions wrote it, is read as well. It does not say what a weakest edit scores.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 
@@ -17,7 +18,7 @@ from .packing import PARTS, PackingError, pack, unpack
 
 CONTAINER = "wisemem_memories"
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
-_DELTA_WEIGHT, _MASK = "delta_weight", "mask"
+_DELTA_WEIGHT, _MASK, _WEAKEST_EDIT = "delta_weight", "mask", "weakest_edit"
 _PACKED = (_DELTA_WEIGHT, _MASK)
 _PEFT_PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -34,8 +35,12 @@ def tensor_name(key: str) -> str:
 
 def memory_names(state: Mapping[str, Tensor]) -> set[str]:
     """The names of the side memories that a file has any dW of."""
-    matches = (_KEY.fullmatch(key) for key in state)
-    return {f"{one['layer']}.{one['memory']}" for one in matches if one is not None and one["name"] == _DELTA_WEIGHT}
+    return {tensor_name(key).removesuffix(f".{_DELTA_WEIGHT}") for key in state if _is_delta_weight(key)}
+
+
+def _is_delta_weight(key: str) -> bool:
+    match = _KEY.fullmatch(key)
+    return match is not None and match["name"] == _DELTA_WEIGHT
 
 
 def packed(state: Mapping[str, Tensor], save_dtype: str) -> dict[str, Tensor]:
@@ -68,7 +73,7 @@ def packed(state: Mapping[str, Tensor], save_dtype: str) -> dict[str, Tensor]:
 
 
 def unpacked(state: Mapping[str, Tensor], shape_of: Callable[[str], tuple[int, int] | None]) -> dict[str, Tensor]:
-    """The tensors that were packed, and all others as they are.
+    """The tensors that were packed, and all others as they are, and what weakest edits score is infinite if unknown.
 
     Args:
         state: what a file holds; it may come from anywhere.
@@ -104,6 +109,8 @@ def unpacked(state: Mapping[str, Tensor], shape_of: Callable[[str], tuple[int, i
                 f"{name} is damaged, or made for a layer of another size than this one, {shape}: {error} "
                 "Take the file from a backup, or load it onto the model that it was made for."
             ) from error
+    for name in {tensor_name(key) for key in state if _is_delta_weight(key)}:
+        result.setdefault(name.removesuffix(_DELTA_WEIGHT) + _WEAKEST_EDIT, torch.tensor(math.inf))
     return result
 
 

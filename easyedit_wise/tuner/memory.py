@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 LIVE = "live"
 SHARD = "shard"
 MERGED = "merged"
+# A memory's buffers that its scores are compared with.
+SCORES = ("epsilon", "weakest_edit")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class MemoryState:
         mask: where a live shard may change, bool, same shape; None for the others.
         epsilon: the threshold of Eq. 6.
         n_edits: how many edits it holds.
+        weakest_edit: what the prompt that activates it least of its edits' scores; infinite where that is not known.
     """
 
     stage: str
@@ -30,6 +34,7 @@ class MemoryState:
     mask: Tensor | None
     epsilon: float
     n_edits: int
+    weakest_edit: float = math.inf
 
     def with_(self, **changes: Any) -> MemoryState:
         """A copy with some attributes changed; tensors that are not named are shared."""
@@ -46,6 +51,7 @@ class SideMemory(nn.Module):
     mask: Tensor
     epsilon: Tensor
     n_edits: Tensor
+    weakest_edit: Tensor
 
     def __init__(self, state: MemoryState) -> None:
         super().__init__()
@@ -61,14 +67,17 @@ class SideMemory(nn.Module):
         if device.type == "meta":  # buffers are real even when PEFT builds the layer without memory
             device = torch.device("cpu")
         # fp32 whatever the model's dtype: a threshold rounded to bf16 would move edits across it.
-        self.register_buffer("epsilon", torch.tensor(float(state.epsilon), dtype=torch.float32, device=device))
+        for name in SCORES:
+            value = float(getattr(state, name))
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float32, device=device))
         self.register_buffer("n_edits", torch.tensor(int(state.n_edits), dtype=torch.int64, device=device))
 
     def _apply(self, fn: Any, recurse: bool = True) -> SideMemory:
-        # model.half() and model.to(torch.bfloat16) cast every floating buffer: not this one, see above.
-        epsilon = self.epsilon
+        # model.half() and model.to(torch.bfloat16) cast every floating buffer: not these, see above.
+        scores = {name: getattr(self, name) for name in SCORES}
         super()._apply(fn, recurse)
-        self.epsilon = epsilon.to(self.epsilon.device)
+        for name, score in scores.items():
+            setattr(self, name, score.to(getattr(self, name).device))
         return self
 
     def state(self) -> MemoryState:
@@ -79,6 +88,7 @@ class SideMemory(nn.Module):
             mask=self.mask if self.stage == LIVE else None,
             epsilon=float(self.epsilon),
             n_edits=int(self.n_edits),
+            weakest_edit=float(self.weakest_edit),
         )
 
     def extra_repr(self) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..routing import (
     MAIN_MEMORY,
     NEWEST_WITHIN,
+    RECOGNISED_FROM,
     choose_memory,
     pool,
     relative_activation,
@@ -130,10 +131,12 @@ class _Prefill:
         self.x, self.base_output, self.result = x, base_output, base_output
         self.candidates, self.product, self.token_mask = candidates, product, token_mask
         self.epsilon = torch.stack([candidate.memory.epsilon.to(x.device) for candidate in candidates])
+        weakest = torch.stack([candidate.memory.weakest_edit.to(x.device) for candidate in candidates])
         # Scores in units of each memory's own epsilon, where they are not to be compared as they are.
         relative = any(candidate.config.relative_scores for candidate in candidates)
         self.unit = self.epsilon.clamp(min=_TINY) if relative else torch.ones_like(self.epsilon)
         self.newest_within = NEWEST_WITHIN if relative else None
+        self.recognised = RECOGNISED_FROM * weakest / self.unit if relative else None
         shape = (x.shape[0], len(candidates))
         self.scores = torch.zeros(shape, device=x.device)
         self.known = torch.zeros(shape, dtype=torch.bool, device=x.device)
@@ -161,7 +164,9 @@ class _Prefill:
         self.scores[which, index] = score
         self.known[which, index] = True
         known_scores = torch.where(self.known, self.scores, torch.full_like(self.scores, -math.inf))
-        self.choice = choose_memory(known_scores / self.unit, self.epsilon / self.unit, self.newest_within)
+        self.choice = choose_memory(
+            known_scores / self.unit, self.epsilon / self.unit, self.newest_within, self.recognised
+        )
         leads = (self.choice[which] == index).nonzero().squeeze(-1)
         if len(leads) == len(self.x):
             self.result = self.base_output + product.to(self.base_output.dtype)
@@ -198,7 +203,7 @@ class _Prefill:
         self.scores = torch.where(self.known, self.scores, estimates)
         limit, upper = self.epsilon / self.unit, upper / self.unit
         while self._measure_leading(
-            next_to_score(upper, limit, self.scores / self.unit, self.known, self.newest_within)
+            next_to_score(upper, limit, self.scores / self.unit, self.known, self.newest_within, self.recognised)
         ):
             pass
 
