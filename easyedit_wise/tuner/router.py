@@ -131,12 +131,11 @@ class _Prefill:
         self.x, self.base_output, self.result = x, base_output, base_output
         self.candidates, self.product, self.token_mask = candidates, product, token_mask
         self.epsilon = torch.stack([candidate.memory.epsilon.to(x.device) for candidate in candidates])
-        weakest = torch.stack([candidate.memory.weakest_edit.to(x.device) for candidate in candidates])
         # Scores in units of each memory's own epsilon, where they are not to be compared as they are.
         relative = any(candidate.config.relative_scores for candidate in candidates)
         self.unit = self.epsilon.clamp(min=_TINY) if relative else torch.ones_like(self.epsilon)
         self.newest_within = NEWEST_WITHIN if relative else None
-        self.recognised = RECOGNISED_FROM * weakest / self.unit if relative else None
+        self.recognised = self._recognised() if relative else None
         shape = (x.shape[0], len(candidates))
         self.scores = torch.zeros(shape, device=x.device)
         self.known = torch.zeros(shape, dtype=torch.bool, device=x.device)
@@ -150,6 +149,10 @@ class _Prefill:
             self.fixed = self.earlier.decided
             self.scores[self.fixed] = self.earlier.scores[self.fixed]
             self.known[self.fixed] = True if self.earlier.exact is None else self.earlier.exact[self.fixed]
+
+    def _recognised(self) -> Tensor:
+        weakest = torch.stack([candidate.memory.weakest_edit.to(self.x.device) for candidate in self.candidates])
+        return RECOGNISED_FROM * weakest / self.unit
 
     def measure(self, index: int, rows: Tensor | None = None) -> None:
         """The exact score of one memory for some rows (None: all), and its product where it leads."""
