@@ -33,10 +33,13 @@ class AdapterFileError(ValueError):
 
 def damaged(path: Path, why: Any) -> AdapterFileError:
     """The error for a file that cannot be what was saved."""
+    return AdapterFileError(f"{path} is damaged ({quoted(why)}): take it from a backup or save the edits again.")
+
+
+def quoted(why: Any, length: int = 500) -> str:
+    """A reason as an error gives it, cut off after ``length`` characters: what it quotes may be as long as the file."""
     reason = str(why) or type(why).__name__
-    if len(reason) > 500:  # what is quoted may be as long as the file
-        reason = f"{reason[:500]} ..."
-    return AdapterFileError(f"{path} is damaged ({reason}): take it from a backup or save the edits again.")
+    return reason if len(reason) <= length else f"{reason[:length]} ..."
 
 
 def missing(path: Path) -> AdapterFileError:

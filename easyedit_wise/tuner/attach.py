@@ -41,7 +41,7 @@ def check_layer(model: nn.Module, parameter: str) -> str:
         return name
     fitting = [key for key, value in modules.items() if _is_linear_map(value) and ".base_layer" not in key]
     what = "does not exist in this model" if module is None else f"is {type(module).__name__}, not a linear map"
-    raise ValueError(f"inner_params names {parameter!r}, which {what}. {_names_that_fit(name, fitting)}")
+    raise ValueError(f"inner_params names {parameter[:200]!r}, which {what}. {_names_that_fit(name, fitting)}")
 
 
 def _is_linear_map(module: nn.Module) -> bool:
@@ -117,7 +117,8 @@ def _only_match(model: nn.Module, config: WiseConfig) -> str:
     if not matching and isinstance(config.target_modules, set) and len(config.target_modules) == 1:
         return check_layer(model, next(iter(config.target_modules)))  # names those that fit
     if len(matching) != 1:
-        found = f"{len(matching)} match: {', '.join(matching)}" if matching else f"{config.target_modules} names none"
+        named = str(config.target_modules)[:200]
+        found = f"{len(matching)} match: {', '.join(matching[:12])}" if matching else f"{named} names none"
         raise ValueError(f"WISE edits exactly one layer, but {found}.")
     return check_layer(model, matching[0])
 
