@@ -250,8 +250,8 @@ def _check_tensors(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name
 def _misfit(folder: Path, config: WiseConfig, why: str) -> AdapterFileError:
     name = config.base_model_name_or_path
     return AdapterFileError(
-        f"the edits in {folder} do not fit this model: {quoted(why, 1000)} Load them onto the model that they were made "
-        f"for{f', {quoted(name, 200)}' if name else ''}."
+        f"the edits in {folder} do not fit this model: {quoted(why, 1000)} Load them onto the model that they were "
+        f"made for{f', {quoted(name, 200)}' if name else ''}."
     )
 
 
