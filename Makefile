@@ -15,7 +15,7 @@ help:
 	@echo "make demo       edit a dozen facts into SmolLM2-135M through EasyEdit (2 to 4 minutes)"
 	@echo "make test       all tests, the real model's too"
 	@echo "make test-fast  all tests but the slow ones"
-	@echo "make soak       thousands of damaged adapter files, 200 killed processes, each of 20 edits taken back (half an hour)"
+	@echo "make soak       thousands of damaged adapter files, 200 killed processes, each of 20 edits taken back (ten to thirty minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the four benchmarks, short (8 to 10 minutes; EASYEDIT_HOME=... adds EasyEdit's own WISE)"
 	@echo "make bench-full the same in full (about an hour)"
