@@ -36,6 +36,7 @@ from .editing.requests import EditRequest
 from .hparams import WISEHyperParams
 from .tuner.adapter_tensors import memory_names
 from .tuner.config import WiseConfig
+from .tuner.memory import SCORES
 
 # In the header of the weights file: there is a list of edits beside it.
 LISTED = "wise_edits"
@@ -120,8 +121,7 @@ def check_numbers(name: str, tensor: Tensor, path: Path) -> None:
     good = {
         "delta_weight": lambda: tensor.is_floating_point() and bool(tensor.isfinite().all()),
         "mask": lambda: tensor.dtype == torch.bool,
-        "epsilon": lambda: tensor.is_floating_point() and not bool(tensor.isnan()),
-        "weakest_edit": lambda: tensor.is_floating_point() and not bool(tensor.isnan()),
+        **dict.fromkeys(SCORES, lambda: tensor.is_floating_point() and not bool(tensor.isnan())),
         "n_edits": lambda: tensor.dtype == torch.int64 and int(tensor) >= 0,
     }.get(kind)
     if good is not None and not good():

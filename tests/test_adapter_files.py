@@ -168,11 +168,17 @@ def test_a_plain_name_is_no_pattern(of_peft: Path, make_model: Callable[..., Any
         load_edits(make_model("llama"), of_peft)
 
 
-@pytest.mark.parametrize("name", ["target_modules", "base_model_name_or_path"])
-@pytest.mark.parametrize("as_list", [False, True])
-def test_an_error_does_not_quote_pages(of_peft: Path, llama: Any, name: str, as_list: bool) -> None:
-    rewrite(of_peft / CONFIG, target_modules=["nowhere"])
-    rewrite(of_peft / CONFIG, **{name: ["x" * 10_000] if as_list and name == "target_modules" else "x" * 10_000})
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"target_modules": "x" * 10_000},
+        {"target_modules": ["x" * 10_000]},
+        {"target_modules": ["nowhere"], "base_model_name_or_path": "x" * 10_000},
+    ],
+    ids=["a layer", "a list of layers", "the base model"],
+)
+def test_an_error_does_not_quote_pages(of_peft: Path, llama: Any, changes: dict[str, Any]) -> None:
+    rewrite(of_peft / CONFIG, **changes)
     with pytest.raises(AdapterFileError, match="do not fit this model") as caught:
         load_edits(llama, of_peft)
     assert len(str(caught.value)) < 1500

@@ -181,13 +181,8 @@ def test_what_may_recognise_the_query_is_needed_and_nothing_before_what_does() -
     cases = [
         ([9.0, 3.9, 3.9], [0.0, 4.0, 0.0], [0, 1, 0], -1),  # memory 1 does, memory 2 cannot, memory 0 comes before
         ([9.0, 3.9, 4.0], [0.0, 4.0, 0.0], [0, 1, 0], 2),  # memory 2 may
-        (
-            [2.9, 9.0, 2.9],
-            [0.0, 3.9, 0.0],
-            [0, 1, 0],
-            -1,
-        ),  # none does or may: what is far from the most active is not needed
-        ([2.95, 9.0, 2.0], [0.0, 3.9, 0.0], [0, 1, 0], 0),  # one that may come near it is
+        ([2.9, 9.0, 2.9], [0.0, 3.9, 0.0], [0, 1, 0], -1),  # none does or may, and all are far from the most active
+        ([2.95, 9.0, 2.0], [0.0, 3.9, 0.0], [0, 1, 0], 0),  # memory 0 may come near it
         ([5.0, 9.0, 2.0], [0.0, 9.0, 0.0], [0, 1, 0], -1),
         ([2.0, 2.0, 2.0], [0.0, 0.0, 0.0], [0, 0, 0], 0),
         ([INF, 9.0, 0.5], [0.0, 5.0, 0.0], [0, 1, 0], -1),

@@ -35,12 +35,9 @@ def tensor_name(key: str) -> str:
 
 def memory_names(state: Mapping[str, Tensor]) -> set[str]:
     """The names of the side memories that a file has any dW of."""
-    return {tensor_name(key).removesuffix(f".{_DELTA_WEIGHT}") for key in state if _is_delta_weight(key)}
-
-
-def _is_delta_weight(key: str) -> bool:
-    match = _KEY.fullmatch(key)
-    return match is not None and match["name"] == _DELTA_WEIGHT
+    suffix = f".{_DELTA_WEIGHT}"
+    names = (tensor_name(key) for key in state if _KEY.fullmatch(key))
+    return {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
 
 
 def packed(state: Mapping[str, Tensor], save_dtype: str) -> dict[str, Tensor]:
@@ -109,8 +106,8 @@ def unpacked(state: Mapping[str, Tensor], shape_of: Callable[[str], tuple[int, i
                 f"{name} is damaged, or made for a layer of another size than this one, {shape}: {error} "
                 "Take the file from a backup, or load it onto the model that it was made for."
             ) from error
-    for name in {tensor_name(key) for key in state if _is_delta_weight(key)}:
-        result.setdefault(name.removesuffix(_DELTA_WEIGHT) + _WEAKEST_EDIT, torch.tensor(math.inf))
+    for memory in memory_names(state):
+        result.setdefault(f"{memory}.{_WEAKEST_EDIT}", torch.tensor(math.inf))
     return result
 
 
