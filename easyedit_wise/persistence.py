@@ -39,16 +39,15 @@ from .journal.journal import Journal
 from .journal.restoring import attached
 from .model_card import model_card
 from .tuner.adapter_tensors import shapes_in, unpacked
-from .tuner.attach import attach, detach
+from .tuner.attach import attach
 from .tuner.config import WiseConfig
 from .tuner.layer import WiseLayer
 from .tuner.model import find_wise_layers
 from .tuner.packing import PackingError
+from .tuner.replacing import all_or_nothing
 
 # PEFT's checkpoints name modules as seen from the wrapping PeftModel.
 _PEFT_PREFIX = "base_model.model."
-# What loading changes on a layer beside its memories.
-_SWITCHED = ("_active_adapter", "edit_streams", "last_route")
 
 
 def save_edits(
@@ -169,7 +168,7 @@ def load_edits(
     config, record = saved.config, saved.record
     if any_base:
         config.base_fingerprint = None
-    with _all_or_nothing(model, adapter_name):
+    with all_or_nothing(model, adapter_name):
         try:
             layer = attach(model, config, adapter_name)
             tensors = unpacked(saved.tensors, shapes_in(find_wise_layers(model)))
@@ -188,7 +187,7 @@ def load_edits(
 def _load_journal(
     model: nn.Module, folder: Path, adapter_name: str, tok: Any, hparams: WISEHyperParams | None, any_base: bool
 ) -> WiseLayer:
-    with Journal(folder) as journal, _all_or_nothing(model, adapter_name):
+    with Journal(folder) as journal, all_or_nothing(model, adapter_name):
         try:
             stream = attached(model, tok, journal, adapter_name, any_base)
         except ValueError as error:
@@ -271,48 +270,6 @@ def _continued_stream(
     state = fresh.generator_state if record.generator_state is None else record.generator_state
     stream.restore(replace(fresh, held=record.held, generator_state=state))
     return stream
-
-
-@contextmanager
-def _all_or_nothing(model: nn.Module, adapter_name: str) -> Iterator[None]:
-    """Set the adapter of that name aside; put everything back if what happens inside fails."""
-    layers = list(find_wise_layers(model).values())
-    if not layers:
-        try:
-            yield
-        except BaseException:
-            detach(model)
-            raise
-        return
-    configs = model.__dict__["peft_config"]
-    configs_before = dict(configs)
-    before = [
-        (
-            layer,
-            dict(layer.wisemem_memories.items()),
-            dict(layer.wisemem_config),
-            {k: layer.__dict__[k] for k in _SWITCHED},
-        )
-        for layer in layers
-    ]
-    trainable = [(parameter, parameter.requires_grad) for layer in layers for parameter in layer.parameters()]
-    try:
-        configs.pop(adapter_name, None)
-        for layer in layers:
-            if adapter_name in layer.wisemem_config:
-                del layer.wisemem_config[adapter_name], layer.wisemem_memories[adapter_name]
-        yield
-    except BaseException:
-        configs.clear()
-        configs.update(configs_before)
-        for layer, memories, layer_configs, switched in before:
-            layer.wisemem_memories.clear()
-            layer.wisemem_memories.update(memories)
-            layer.wisemem_config = layer_configs
-            layer.__dict__.update(switched)
-        for parameter, required in trainable:
-            parameter.requires_grad_(required)
-        raise
 
 
 def _only_layer(model: nn.Module) -> tuple[str, WiseLayer]:
