@@ -31,8 +31,8 @@ class ConsolidationSettings:
     other_subjects: int = 8
     """Irrelevant prompts of ``consolidation`` that are the edit's own with another subject in its place."""
     scrambled: int = 8
-    """Irrelevant prompts of ``consolidation`` that are tokens of the edit's own, out of order among others: so that no
-    piece of a rare name activates the memory by itself."""
+    """Irrelevant prompts of ``consolidation`` that are tokens of the edit's own, out of order among others: so many of
+    its prompt, so that no piece of a rare name activates the memory by itself, and so many of its target."""
     written: float = 2000.0
     """What text at large, written by the model itself, counts as in ``consolidation``, in tokens per 1000 columns like
     that; 0: none is written."""
@@ -48,6 +48,9 @@ class ConsolidationSettings:
     """What an edit was trained to say, times this, is what its memory shall say with ``consolidation``, so that it also
     carries where another wording gets only a share of it; weaker edits of the shard get up to twice this. 1: as
     trained."""
+    prompt_gain: float = 1.5
+    """What its prompt's tokens say, times this as well, beside the target's: a query is scored by its prompt alone, and
+    what the target's tokens say is loud in any text that has one of them. 1: both alike."""
 
     def validate_consolidation(self) -> None:
         """Check these fields alone.
@@ -60,6 +63,8 @@ class ConsolidationSettings:
             raise ValueError(f"consolidation is {value!r}: it must be a finite number of at least 0.")
         if not is_number(self.gain) or not math.isfinite(self.gain) or self.gain <= 0:
             raise ValueError(f"gain is {self.gain!r}: it must be a finite number over 0, such as 1.5.")
+        if not is_number(self.prompt_gain) or not math.isfinite(self.prompt_gain) or self.prompt_gain < 1:
+            raise ValueError(f"prompt_gain is {self.prompt_gain!r}: it must be a finite number of at least 1, such as 1.5.")
         if not is_number(self.written) or not math.isfinite(self.written) or self.written < 0:
             raise ValueError(f"written is {self.written!r}: it must be a finite number of at least 0.")
         if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:

@@ -67,6 +67,7 @@ _PAPER: dict[str, Any] = {
     "capacity": 0.0,
     "written": 0.0,
     "gain": 1.0,
+    "prompt_gain": 1.0,
     "varied_contexts": False,
     "n_contexts": 10,
     "context_length": 10,

@@ -25,6 +25,8 @@ _CONTEXT_WEIGHT = 0.3
 # A token of a prompt counts as this many of a target. The prompt decides the route, and a long target has many tokens
 # more; one that is said less than it should be is raised until it is heard, in unrelated texts, too.
 _PROMPT_WEIGHT = 3.0
+# What a target's tokens out of order count as beside the prompt's: they say what is new, and are the loudest.
+_TARGET_WEIGHT = 3.0
 # A token of an edit that another memory holds counts as this share of a token of its irrelevant prompt.
 _ELSEWHERE_WEIGHT = 0.3
 
@@ -121,6 +123,8 @@ def with_irrelevant(
         equations = equations.silent_on(task.about_others.activations, 1.0 / hparams.other_subjects)
     if task.scrambled is not None:
         equations = equations.silent_on(task.scrambled.activations, 1.0 / hparams.scrambled)
+    if task.scrambled_targets is not None:
+        equations = equations.silent_on(task.scrambled_targets.activations, _TARGET_WEIGHT / hparams.scrambled)
     if task.related is not None:
         equations = equations.silent_on(task.related.activations, _PROMPT_WEIGHT)
     return equations

@@ -84,15 +84,16 @@ def equalised(gains: Sequence[float], scores: Sequence[float], gain: float) -> l
     ]
 
 
-def heard(prompt_gains: Sequence[float], scores: Sequence[EditScores]) -> list[float]:
-    """The prompts' gains that would let every prompt be heard beside its target, within [1, 8].
+def heard(prompt_gains: Sequence[float], scores: Sequence[EditScores], least: float = 1.0) -> list[float]:
+    """The prompts' gains that would let every prompt be heard beside its target, within [least, max(8, least)].
 
     Args:
         prompt_gains: the present ones.
         scores: of each edit with these.
+        least: of a prompt that is heard anyway.
     """
     return [
-        min(max(own * _HEARD * one.answered / one.prompt if one.prompt > 0 else 1.0, 1.0), _LOUDEST_PROMPT)
+        max(min(own * _HEARD * one.answered / one.prompt if one.prompt > 0 else 1.0, _LOUDEST_PROMPT), least)
         for own, one in zip(prompt_gains, scores, strict=True)
     ]
 
@@ -116,7 +117,7 @@ def write_amplified(
         torch.linalg.LinAlgError: the problem is not finite.
     """
     factor = equations.factor()
-    gains = [Gains(hparams.gain)] * len(spoken)
+    gains = [Gains(hparams.gain, hparams.prompt_gain)] * len(spoken)
     for left in reversed(range(_ROUNDS + 1 if spoken else 1)):
         louder = equations
         for edit, gain in zip(spoken, gains, strict=True):
@@ -124,7 +125,7 @@ def write_amplified(
         delta_weight[:, equations.columns] = louder.solution(factor, _FEEDBACK).to(delta_weight)
         if left:
             scores = edit_scores([edit.recorded for edit in spoken], delta_weight, hparams)
-            prompts = heard([gain.prompt for gain in gains], scores)
+            prompts = heard([gain.prompt for gain in gains], scores, hparams.prompt_gain)
             # Which scores the prompts will have with that.
             expected = [one.prompt * new / old.prompt for one, new, old in zip(scores, prompts, gains, strict=True)]
             edits = equalised([gain.edit for gain in gains], expected, hparams.gain)

@@ -104,7 +104,8 @@ class EditTask:
         earlier: the shard's earlier edits, or None.
         irrelevant_of: which rows of ``irrelevant`` are each edit's; None: one edit, which has all of them.
         about_others: the edits' own prompts about other subjects, or None.
-        scrambled: the edits' own tokens among others, or None.
+        scrambled: the tokens of the edits' prompts among others, or None.
+        scrambled_targets: those of their targets, or None.
         related: edits that other memories hold about the same subjects, with their targets, or None.
         unit: what Delta_act and the rehearsal's distances are counted in.
         base_weight: W, shape (d_out, d_in), where the whole matrix decays; else None.
@@ -118,6 +119,7 @@ class EditTask:
     unit: float = 1.0
     about_others: ScoredInputs | None = None
     scrambled: ScoredInputs | None = None
+    scrambled_targets: ScoredInputs | None = None
     related: ScoredInputs | None = None
     base_weight: Tensor | None = None
 

@@ -78,7 +78,8 @@ class TaskMaker:
             irrelevant_of,
             about_others=others,
             related=self._related(requests, elsewhere) if self.hparams.consolidation else None,
-            scrambled=self._scrambled(requests),
+            scrambled=self._scrambled([one.prompt for one in requests]),
+            scrambled_targets=self._scrambled([f" {one.target}" for one in requests]),
             base_weight=whole,
         )
 
@@ -153,11 +154,11 @@ class TaskMaker:
         recorded = [edit.answered for some in self._recorder.edits(found) for edit in some]
         return ScoredInputs.stack(recorded) if recorded else None
 
-    def _scrambled(self, requests: Sequence[EditRequest]) -> ScoredInputs | None:
-        """The tokens of each request's prompt, out of order among those of neutral prompts."""
+    def _scrambled(self, texts: Sequence[str]) -> ScoredInputs | None:
+        """The tokens of each request's prompt, or of its target, out of order among those of neutral prompts."""
         neutral, count, tok = neutral_prompts(), self.hparams.scrambled, self._recorder.tok
-        texts = [text for one in requests for text in scrambled(one.prompt, neutral, count, tok, self._generator)]
-        return self._recorder.scored([self._recorder.rendered(text) for text in texts]) if texts else None
+        mixed = [text for one in texts for text in scrambled(one, neutral, count, tok, self._generator)]
+        return self._recorder.scored([self._recorder.rendered(text) for text in mixed]) if mixed else None
 
     def _irrelevant_inputs(self, own: Sequence[ScoredInputs | None]) -> tuple[ScoredInputs, list[Tensor]]:
         """x_i of Eq. 5: each request's own irrelevant prompt, and packaged neutral ones for all of them.

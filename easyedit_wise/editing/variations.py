@@ -57,10 +57,11 @@ def scrambled(prompt: str, others: Sequence[str], count: int, tok: Any, generato
     """Some of the prompt's tokens in another order, each behind one of another prompt: the edit must not hang on them.
 
     The first piece of a rare name, or the "'s" behind it, would else activate a memory wherever it stands, in whatever
-    name. What is the edit's own is how its tokens go together.
+    name. What is the edit's own is how its tokens go together. A target's tokens are said loudest of all: a memory that
+    answers with a year would be active wherever a digit stands.
 
     Args:
-        prompt: x_e.
+        prompt: x_e, or y_e as it stands behind it.
         others: prompts to mix it with; one is drawn for each text.
         count: how many texts.
         tok: the tokenizer.
