@@ -64,7 +64,7 @@ class ConsolidationSettings:
         if not is_number(self.gain) or not math.isfinite(self.gain) or self.gain <= 0:
             raise ValueError(f"gain is {self.gain!r}: it must be a finite number over 0, such as 1.5.")
         if not is_number(self.prompt_gain) or not math.isfinite(self.prompt_gain) or self.prompt_gain < 1:
-            raise ValueError(f"prompt_gain is {self.prompt_gain!r}: it must be a finite number of at least 1, such as 1.5.")
+            raise ValueError(f"prompt_gain is {self.prompt_gain!r}: it must be a finite number >= 1, such as 1.5.")
         if not is_number(self.written) or not math.isfinite(self.written) or self.written < 0:
             raise ValueError(f"written is {self.written!r}: it must be a finite number of at least 0.")
         if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:

@@ -79,11 +79,12 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     epsilon_position: float = 0.4
     """Where in the gap between irrelevant prompts (0) and edits (1) a calibrated epsilon lies, of the first memory; of
     each further one nearer to the edits (``routing.spent_position``)."""
-    pooling: str = "max"
-    """Of a prompt's token scores: "mean" (the paper's code), "max", which finds a subject in long prompts, "last"."""
+    pooling: str = "loudest"
+    """Of a prompt's token scores: "mean" (the paper's code), "max", which finds a subject in long prompts, "last", or
+    "loudest": "max", and of 32 tokens or more the mean of the two largest, since one of many is loud by chance."""
     subject_routing: bool = False
     """True: where a request names its subject, its tokens shall activate the memory and the prompt's other
-    tokens shall not. Goes with ``pooling: max``."""
+    tokens shall not. Goes with ``pooling: max`` or ``loudest``."""
 
     # Sharding and merging
     mask_ratio: float = 1.0

@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 MAIN_MEMORY = -1
-POOLINGS = ("mean", "max", "last")
+POOLINGS = ("mean", "max", "last", "loudest")
+# From so many tokens on one of them is loud by chance, so "loudest" asks for two.
+_LONG = 32
 # The same prompt scores a little differently in another batch. A threshold keeps this share of distance from
 # the scores that it is set from, else the edit that gives the minimum would exceed it only by luck.
 _ROUNDING = 1e-3
@@ -79,7 +81,8 @@ def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = 
     Args:
         token_scores: shape (..., T), e.g. (B, T).
         token_mask: the same shape, True (or non-zero) where a token is real; None means all are.
-        pooling: "mean" (the paper's code), "max", or "last" (the last real token).
+        pooling: "mean" (the paper's code), "max", "last" (the last real token), or "loudest": the largest, and from 32
+            real tokens on the mean of the two largest.
 
     Returns:
         Shape (...), e.g. (B,). A sequence without any real token scores 0.
@@ -96,6 +99,10 @@ def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = 
     if pooling == "max":
         # Norms are non-negative, so zero is a neutral filling.
         return torch.where(mask, token_scores, torch.zeros_like(token_scores)).amax(dim=-1)
+    if pooling == "loudest":
+        kept = torch.where(mask, token_scores, torch.zeros_like(token_scores))
+        two = kept.topk(min(2, kept.shape[-1]), dim=-1).values
+        return torch.where(mask.sum(dim=-1) >= _LONG, two.mean(dim=-1), two[..., 0])
     if pooling == "last":
         positions = torch.arange(mask.shape[-1], device=mask.device)
         last = torch.where(mask, positions, torch.zeros_like(positions)).amax(dim=-1, keepdim=True)

@@ -37,7 +37,7 @@ class WiseConfig(PeftConfig):
         seed: seed of the live shard's mask.
         init_weights: True starts with dW = 0, the unedited model. False draws dW at random, a live shard's inside its
             mask, so that the memory answers every query: for tests, as in PEFT's other methods.
-        pooling: how a sequence's score is pooled over its tokens ("mean", "max", "last").
+        pooling: how a sequence's score is pooled over its tokens ("mean", "max", "last", "loudest").
         score_activation: None for Eq. 3; a name such as "silu" for EasyEdit's variant.
         relative_scores: the score of a token is divided by its activation's norm, and of several memories that exceed
             their epsilon the newest answers that scores as on an edit of its own (``routing.choose_memory``).
