@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ from editing_helpers import only_layer, requests, settings, stream_on
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model, stream_of
 from easyedit_wise.editing import task_maker
+from easyedit_wise.editing.consolidated import with_irrelevant
 from easyedit_wise.editing.open_shard import OpenShard
 from easyedit_wise.editing.recorded import edit_scores
 from easyedit_wise.editing.requests import EditRequest
 from easyedit_wise.editing.trainer import EditDivergedError
+from easyedit_wise.least_squares import NormalEquations
 from easyedit_wise.persistence import load_edits, save_edits
 from easyedit_wise.tuner.switch import last_route
 
@@ -137,11 +140,41 @@ def test_an_iteration_has_a_quarter_of_the_tokens(llama: Any, tok: Any, limit: i
         ({"rehearsal": 0.1}, "rehearsal is 0.1 with consolidation"),
         ({"optimizer": "lion"}, "set both"),
         ({"mask": "rows"}, "random, columns"),
+        ({"gain": 0.0}, "gain is 0.0.*over 0"),
+        ({"prompt_gain": 0.9}, "prompt_gain is 0.9.*>= 1"),
+        ({"prompt_gain": float("inf")}, "prompt_gain is inf.*finite"),
+        ({"prompt_gain": "loud"}, "prompt_gain is 'loud'"),
     ],
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(LAYERS["llama"], **ON | changes)
+
+
+def test_a_shard_is_quiet_on_its_targets_tokens_out_of_order(
+    llama: Any, tok: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A memory that answers with some words must not be active wherever one of them stands."""
+    seen: list[str] = []
+    scrambled = task_maker.scrambled
+
+    def spied(text: str, *rest: Any) -> list[str]:
+        seen.append(text)
+        return scrambled(text, *rest)
+
+    monkeypatch.setattr(task_maker, "scrambled", spied)
+    hparams = settings(**ON | {"scrambled": 2, "mask_ratio": 1.0})
+    stream = stream_of(llama, tok, hparams)
+    request = EditRequest("The capital of France is", "Rome", "France")
+    task = stream._tasks.task([request], [None], [], OpenShard())
+    assert seen == ["The capital of France is", " Rome"]
+    assert task.scrambled is not None
+    assert task.scrambled_targets is not None
+    assert len(task.scrambled) == len(task.scrambled_targets) == 2
+    empty = NormalEquations.empty(torch.arange(stream.layer.in_features), stream.layer.out_features)
+    quiet = with_irrelevant(empty, replace(task, about_others=None, scrambled=None), [], hparams).quiet
+    tokens = task.scrambled_targets.activations.float()
+    torch.testing.assert_close(quiet, 1.5 * tokens.T @ tokens)  # all texts of an edit together count as three prompts
 
 
 def test_a_shard_begun_with_random_entries_is_refused(llama: Any, tok: Any) -> None:

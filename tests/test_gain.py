@@ -39,6 +39,9 @@ def test_a_prompt_is_raised_until_it_is_heard_beside_its_target_by_hand() -> Non
     assert heard([1.0, 1.0, 1.0, 1.0], scores) == pytest.approx([3.5, 1.0, 8.0, 1.0])
     # What has been given already counts; what is not needed any more is taken back.
     assert heard([2.0, 4.0], [EditScores(7.0, 10.0), EditScores(10.0, 10.0)]) == pytest.approx([2.0, 2.8])
+    # A prompt that is heard anyway keeps the least gain; a least gain above the limit holds all the same.
+    assert heard([1.5, 2.0], [EditScores(9.0, 10.0), EditScores(2.0, 10.0)], 1.5) == pytest.approx([1.5, 7.0])
+    assert heard([9.0], [EditScores(9.0, 10.0)], 9.0) == [9.0]
 
 
 @given(
@@ -93,6 +96,19 @@ def test_a_prompt_that_says_next_to_nothing_is_raised_alone() -> None:
     settled = gains[0].applied(equations.saying(tokens, outputs, torch.ones(2)), edit)
     torch.testing.assert_close(settled.solution(), delta_weight, rtol=1e-4, atol=1e-4)
     assert gains == [Gains(2.0, gains[0].prompt)]
+
+
+def test_every_prompt_speaks_as_strongly_as_the_setting_says() -> None:
+    """An edit whose prompt is heard anyway, 9 beside 10: the prompt's token gets 9 * 2 * 1.5, the target's 10 * 2."""
+    tokens, outputs = torch.eye(2), torch.tensor([[9.0, 0.0], [0.0, 10.0]])
+    equations = NormalEquations.empty(torch.arange(2), 2).silent_on(torch.eye(2), 1e-6)
+    share = equations.share(tokens, outputs, torch.ones(2))
+    edit = SpokenEdit(edit_of(*tokens), share, equations.share(tokens[:1], outputs[:1], torch.ones(1)))
+    delta_weight = torch.zeros(2, 2)
+    louder = settings(**ON | {"gain": 2.0, "prompt_gain": 1.5})
+    gains = write_amplified(equations.saying(tokens, outputs, torch.ones(2)), [edit], delta_weight, louder)
+    assert gains == [Gains(2.0, 1.5)]
+    torch.testing.assert_close(delta_weight, torch.diag(torch.tensor([27.0, 20.0])), rtol=1e-4, atol=1e-4)
 
 
 def test_the_prompts_tokens_alone_are_in_the_prompts_share(llama: Any, tok: Any) -> None:

@@ -261,7 +261,7 @@ def test_the_papers_preset_is_the_papers() -> None:
         ({"act_ratio": float("inf")}, ["act_ratio", "inf", "finite"]),
         ({"epsilon_position": 1.01}, ["epsilon_position", "1.01", "[0, 1]"]),
         ({"epsilon_position": "middle"}, ["epsilon_position", "'middle'", "[0, 1]"]),
-        ({"pooling": "average"}, ["pooling", "'average'", "mean, max, last"]),
+        ({"pooling": "average"}, ["pooling", "'average'", "mean, max, last, loudest"]),
         ({"score_activation": "silo"}, ["score_activation", "'silo'", "did you mean 'silu'?"]),
         # contexts
         ({"n_contexts": -1}, ["n_contexts", "-1", "0 (none) or more"]),

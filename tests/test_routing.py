@@ -81,6 +81,7 @@ REAL = tensor([[0, 1, 1, 1], [1, 1, 1, 0]])
         ("mean", [2.0, 17 / 3]),  # (1 + 3 + 2) / 3 and (5 + 5 + 7) / 3
         ("max", [3.0, 7.0]),
         ("last", [2.0, 7.0]),
+        ("loudest", [3.0, 7.0]),
     ],
 )
 def test_pool_leaves_padding_out(pooling: str, expected: list[float]) -> None:
@@ -114,8 +115,19 @@ def test_the_mean_stays_a_mean_for_long_prompts() -> None:
     assert pool(scores, None, "mean").item() == pytest.approx(1.5)
 
 
+def test_a_long_prompt_needs_two_loud_tokens_by_hand() -> None:
+    # 31 real tokens: the loudest, 9. 32: the mean of 9 and 5. What is padding counts neither way.
+    scores = torch.ones(3, 40)
+    scores[:, 30], scores[:, 36] = 9.0, 5.0
+    real = torch.zeros(3, 40, dtype=torch.bool)
+    real[0, 9:], real[1, 8:], real[2, :31] = True, True, True
+    assert pool(scores, real, "loudest").tolist() == [9.0, 7.0, 9.0]
+    assert pool(scores, None, "loudest").tolist() == [7.0, 7.0, 7.0]
+    assert pool(torch.tensor([[2.0]]), None, "loudest").tolist() == [2.0]
+
+
 def test_pool_names_the_known_poolings() -> None:
-    with pytest.raises(ValueError, match=r"'median'.*mean, max, last"):
+    with pytest.raises(ValueError, match=r"'median'.*mean, max, last, loudest"):
         pool(TOKENS, None, "median")
 
 

@@ -36,7 +36,7 @@ from tuner_helpers import (
 )
 
 from easyedit_wise import WiseConfig, attach, detach, edits_disabled, last_route
-from easyedit_wise.routing import pool, routing_activation, upstream_activation
+from easyedit_wise.routing import POOLINGS, pool, routing_activation, upstream_activation
 from easyedit_wise.tuner.attach import check_layer, module_name_of
 from easyedit_wise.tuner.hooks import install_hooks, remove_hooks
 from easyedit_wise.tuner.memory import MERGED, MemoryState
@@ -123,7 +123,7 @@ def test_a_padded_batch_is_each_prompt_alone(any_model: tuple[Any, str], side: s
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("pooling", ["mean", "max", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 def test_padding_is_not_scored(llama: Any, side: str, pooling: str) -> None:
     with_memories(llama, LLAMA, ALWAYS, pooling=pooling)
     logits(llama, batch(PROMPTS, side, pad=1))
@@ -132,7 +132,7 @@ def test_padding_is_not_scored(llama: Any, side: str, pooling: str) -> None:
     assert torch.equal(last_route(llama).scores, scores)
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max", "last"])
+@pytest.mark.parametrize("pooling", POOLINGS)
 @pytest.mark.parametrize("score_activation", [None, "silu"])
 def test_scores_follow_the_configuration(llama: Any, pooling: str, score_activation: str | None) -> None:
     inputs = batch(PROMPTS)
@@ -782,7 +782,7 @@ def test_several_layers_route_on_their_own(llama: Any) -> None:
     [
         ({"mask_ratio": 0.0}, r"mask_ratio \(rho\) is 0.0"),
         ({"mask_ratio": 1.5}, r"mask_ratio \(rho\) is 1.5"),
-        ({"pooling": "median"}, "pooling is 'median': choose one of mean, max, last"),
+        ({"pooling": "median"}, "pooling is 'median': choose one of mean, max, last, loudest"),
         ({"memories": ["live", "melted"]}, "'melted'.*live, shard, merged"),
     ],
 )
