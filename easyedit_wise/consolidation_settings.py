@@ -50,7 +50,8 @@ class ConsolidationSettings:
     trained."""
     prompt_gain: float = 1.5
     """What its prompt's tokens say, times this as well, beside the target's: a query is scored by its prompt alone, and
-    what the target's tokens say is loud in any text that has one of them. 1: both alike."""
+    what the target's tokens say is loud in any text that has one of them. Of prompts of n > 16 tokens 16 / n of what
+    this has over 1, since what they say adds up in the answer. 1: both alike."""
 
     def validate_consolidation(self) -> None:
         """Check these fields alone.

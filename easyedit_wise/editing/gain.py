@@ -29,6 +29,8 @@ _LOUDEST = 2.0
 _HEARD = 0.7
 # For that, what its prompt says is raised by no more than this, beside the gain of the whole edit.
 _LOUDEST_PROMPT = 8.0
+# Prompts of more tokens than this get less of `prompt_gain`: what their tokens say adds up in the answer.
+_SHORT_PROMPT = 16
 # How often what the edits lack of what they shall say is asked for once more: the more a shard is quiet on, the less
 # of it they get.
 _FEEDBACK = 1
@@ -84,17 +86,28 @@ def equalised(gains: Sequence[float], scores: Sequence[float], gain: float) -> l
     ]
 
 
-def heard(prompt_gains: Sequence[float], scores: Sequence[EditScores], least: float = 1.0) -> list[float]:
+def least_prompt_gain(prompt_gain: float, n_tokens: int) -> float:
+    """The gain of a prompt that is heard anyway: all of ``prompt_gain`` up to 16 tokens, from there on 16 / n of what it
+    has over 1.
+
+    Args:
+        prompt_gain: the setting, at least 1.
+        n_tokens: n, of the prompt.
+    """
+    return 1.0 + (prompt_gain - 1.0) * min(1.0, _SHORT_PROMPT / max(1, n_tokens))
+
+
+def heard(prompt_gains: Sequence[float], scores: Sequence[EditScores], least: Sequence[float]) -> list[float]:
     """The prompts' gains that would let every prompt be heard beside its target, within [least, max(8, least)].
 
     Args:
         prompt_gains: the present ones.
         scores: of each edit with these.
-        least: of a prompt that is heard anyway.
+        least: of each prompt if it is heard anyway, see :func:`least_prompt_gain`.
     """
     return [
-        max(min(own * _HEARD * one.answered / one.prompt if one.prompt > 0 else 1.0, _LOUDEST_PROMPT), least)
-        for own, one in zip(prompt_gains, scores, strict=True)
+        max(min(own * _HEARD * one.answered / one.prompt if one.prompt > 0 else 1.0, _LOUDEST_PROMPT), lowest)
+        for own, one, lowest in zip(prompt_gains, scores, least, strict=True)
     ]
 
 
@@ -117,7 +130,8 @@ def write_amplified(
         torch.linalg.LinAlgError: the problem is not finite.
     """
     factor = equations.factor()
-    gains = [Gains(hparams.gain, hparams.prompt_gain)] * len(spoken)
+    least = [least_prompt_gain(hparams.prompt_gain, int(edit.recorded.prompt_mask.sum())) for edit in spoken]
+    gains = [Gains(hparams.gain, one) for one in least]
     for left in reversed(range(_ROUNDS + 1 if spoken else 1)):
         louder = equations
         for edit, gain in zip(spoken, gains, strict=True):
@@ -125,7 +139,7 @@ def write_amplified(
         delta_weight[:, equations.columns] = louder.solution(factor, _FEEDBACK).to(delta_weight)
         if left:
             scores = edit_scores([edit.recorded for edit in spoken], delta_weight, hparams)
-            prompts = heard([gain.prompt for gain in gains], scores, hparams.prompt_gain)
+            prompts = heard([gain.prompt for gain in gains], scores, least)
             # Which scores the prompts will have with that.
             expected = [one.prompt * new / old.prompt for one, new, old in zip(scores, prompts, gains, strict=True)]
             edits = equalised([gain.edit for gain in gains], expected, hparams.gain)
