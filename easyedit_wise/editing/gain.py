@@ -87,8 +87,7 @@ def equalised(gains: Sequence[float], scores: Sequence[float], gain: float) -> l
 
 
 def least_prompt_gain(prompt_gain: float, n_tokens: int) -> float:
-    """The gain of a prompt that is heard anyway: all of ``prompt_gain`` up to 16 tokens, from there on 16 / n of what it
-    has over 1.
+    """The gain of a prompt that is heard anyway: ``prompt_gain`` up to 16 tokens, then 16 / n of what it has over 1.
 
     Args:
         prompt_gain: the setting, at least 1.
