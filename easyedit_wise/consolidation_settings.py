@@ -44,14 +44,13 @@ class ConsolidationSettings:
     """True: the contexts are the prompt behind a prefix, the prompt with words left out, and its subject alone behind
     a prefix, in turn. Without a known subject the third is the second behind a prefix."""
 
-    gain: float = 1.5
+    gain: float = 1.2
     """What an edit was trained to say, times this, is what its memory shall say with ``consolidation``, so that it also
     carries where another wording gets only a share of it; weaker edits of the shard get up to twice this. 1: as
     trained."""
-    prompt_gain: float = 1.5
+    prompt_gain: float = 1.25
     """What its prompt's tokens say, times this as well, beside the target's: a query is scored by its prompt alone, and
-    what the target's tokens say is loud in any text that has one of them. Of prompts of n > 16 tokens 16 / n of what
-    this has over 1, since what they say adds up in the answer. 1: both alike."""
+    what the target's tokens say is loud in any text that has one of them. 1: both alike."""
 
     def validate_consolidation(self) -> None:
         """Check these fields alone.
@@ -63,9 +62,9 @@ class ConsolidationSettings:
         if not is_number(value) or not math.isfinite(value) or value < 0:
             raise ValueError(f"consolidation is {value!r}: it must be a finite number of at least 0.")
         if not is_number(self.gain) or not math.isfinite(self.gain) or self.gain <= 0:
-            raise ValueError(f"gain is {self.gain!r}: it must be a finite number over 0, such as 1.5.")
+            raise ValueError(f"gain is {self.gain!r}: it must be a finite number over 0, such as 1.2.")
         if not is_number(self.prompt_gain) or not math.isfinite(self.prompt_gain) or self.prompt_gain < 1:
-            raise ValueError(f"prompt_gain is {self.prompt_gain!r}: it must be a finite number >= 1, such as 1.5.")
+            raise ValueError(f"prompt_gain is {self.prompt_gain!r}: it must be a finite number >= 1, such as 1.25.")
         if not is_number(self.written) or not math.isfinite(self.written) or self.written < 0:
             raise ValueError(f"written is {self.written!r}: it must be a finite number of at least 0.")
         if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:

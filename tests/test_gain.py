@@ -14,7 +14,7 @@ from torch import Tensor
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model
 from easyedit_wise.editing import consolidated
-from easyedit_wise.editing.gain import Gains, SpokenEdit, equalised, heard, least_prompt_gain, write_amplified
+from easyedit_wise.editing.gain import Gains, SpokenEdit, equalised, heard, write_amplified
 from easyedit_wise.editing.recorded import EditScores, RecordedEdit, edit_scores
 from easyedit_wise.editing.scored import ScoredInputs
 from easyedit_wise.least_squares import NormalEquations
@@ -36,19 +36,12 @@ def test_gains_stay_within_their_limits(scores: list[float], gain: float) -> Non
 def test_a_prompt_is_raised_until_it_is_heard_beside_its_target_by_hand() -> None:
     # .7 of the answered 10 is 7: the first lacks 3.5 times, the second nothing, the third more than 8 times.
     scores = [EditScores(2.0, 10.0), EditScores(9.0, 10.0), EditScores(0.1, 10.0), EditScores(0.0, 10.0)]
-    assert heard([1.0] * 4, scores, [1.0] * 4) == pytest.approx([3.5, 1.0, 8.0, 1.0])
+    assert heard([1.0] * 4, scores) == pytest.approx([3.5, 1.0, 8.0, 1.0])
     # What has been given already counts; what is not needed any more is taken back.
-    assert heard([2.0, 4.0], [EditScores(7.0, 10.0), EditScores(10.0, 10.0)], [1.0, 1.0]) == pytest.approx([2.0, 2.8])
+    assert heard([2.0, 4.0], [EditScores(7.0, 10.0), EditScores(10.0, 10.0)]) == pytest.approx([2.0, 2.8])
     # A prompt that is heard anyway keeps the least gain; a least gain above the limit holds all the same.
-    assert heard([1.5, 2.0], [EditScores(9.0, 10.0), EditScores(2.0, 10.0)], [1.5, 1.5]) == pytest.approx([1.5, 7.0])
-    assert heard([9.0], [EditScores(9.0, 10.0)], [9.0]) == [9.0]
-
-
-def test_a_long_prompt_gets_less_of_the_prompts_gain_by_hand() -> None:
-    # .5 over 1 up to 16 tokens, half of it with 32, a tenth with 160.
-    found = [least_prompt_gain(1.5, n) for n in (1, 16, 32, 160)]
-    assert found == pytest.approx([1.5, 1.5, 1.25, 1.05])
-    assert least_prompt_gain(1.0, 3) == 1.0
+    assert heard([1.5, 2.0], [EditScores(9.0, 10.0), EditScores(2.0, 10.0)], 1.5) == pytest.approx([1.5, 7.0])
+    assert heard([9.0], [EditScores(9.0, 10.0)], 9.0) == [9.0]
 
 
 @given(
@@ -56,7 +49,7 @@ def test_a_long_prompt_gets_less_of_the_prompts_gain_by_hand() -> None:
     before=st.floats(1.0, 8.0),
 )
 def test_a_prompts_gain_stays_within_its_limits(scores: list[tuple[float, float]], before: float) -> None:
-    found = heard([before] * len(scores), [EditScores(*sorted(one)) for one in scores], [1.0] * len(scores))
+    found = heard([before] * len(scores), [EditScores(*sorted(one)) for one in scores])
     assert all(1.0 <= one <= 8.0 for one in found)
 
 

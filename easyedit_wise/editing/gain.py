@@ -7,7 +7,8 @@ further would not do: the loss is flat there.
 
 The route is decided by the prompt alone, and of some edits nearly all lies in the target: a text whose first tokens the
 model predicted anyway, or a long one. Their answer would be right if only they were asked. So what an edit's prompt
-says is raised until it is heard beside what its target says. Not in the paper.
+says is raised until it is heard beside what its target says. And since the target's tokens stand in unrelated prompts,
+too, all prompts say somewhat more than their targets do (``prompt_gain``). Not in the paper.
 """
 
 from __future__ import annotations
@@ -29,8 +30,6 @@ _LOUDEST = 2.0
 _HEARD = 0.7
 # For that, what its prompt says is raised by no more than this, beside the gain of the whole edit.
 _LOUDEST_PROMPT = 8.0
-# Prompts of more tokens than this get less of `prompt_gain`: what their tokens say adds up in the answer.
-_SHORT_PROMPT = 16
 # How often what the edits lack of what they shall say is asked for once more: the more a shard is quiet on, the less
 # of it they get.
 _FEEDBACK = 1
@@ -86,27 +85,17 @@ def equalised(gains: Sequence[float], scores: Sequence[float], gain: float) -> l
     ]
 
 
-def least_prompt_gain(prompt_gain: float, n_tokens: int) -> float:
-    """The gain of a prompt that is heard anyway: ``prompt_gain`` up to 16 tokens, then 16 / n of what it has over 1.
-
-    Args:
-        prompt_gain: the setting, at least 1.
-        n_tokens: n, of the prompt.
-    """
-    return 1.0 + (prompt_gain - 1.0) * min(1.0, _SHORT_PROMPT / max(1, n_tokens))
-
-
-def heard(prompt_gains: Sequence[float], scores: Sequence[EditScores], least: Sequence[float]) -> list[float]:
+def heard(prompt_gains: Sequence[float], scores: Sequence[EditScores], least: float = 1.0) -> list[float]:
     """The prompts' gains that would let every prompt be heard beside its target, within [least, max(8, least)].
 
     Args:
         prompt_gains: the present ones.
         scores: of each edit with these.
-        least: of each prompt if it is heard anyway, see :func:`least_prompt_gain`.
+        least: of a prompt that is heard anyway.
     """
     return [
-        max(min(own * _HEARD * one.answered / one.prompt if one.prompt > 0 else 1.0, _LOUDEST_PROMPT), lowest)
-        for own, one, lowest in zip(prompt_gains, scores, least, strict=True)
+        max(min(own * _HEARD * one.answered / one.prompt if one.prompt > 0 else 1.0, _LOUDEST_PROMPT), least)
+        for own, one in zip(prompt_gains, scores, strict=True)
     ]
 
 
@@ -129,8 +118,7 @@ def write_amplified(
         torch.linalg.LinAlgError: the problem is not finite.
     """
     factor = equations.factor()
-    least = [least_prompt_gain(hparams.prompt_gain, int(edit.recorded.prompt_mask.sum())) for edit in spoken]
-    gains = [Gains(hparams.gain, one) for one in least]
+    gains = [Gains(hparams.gain, hparams.prompt_gain)] * len(spoken)
     for left in reversed(range(_ROUNDS + 1 if spoken else 1)):
         louder = equations
         for edit, gain in zip(spoken, gains, strict=True):
@@ -138,7 +126,7 @@ def write_amplified(
         delta_weight[:, equations.columns] = louder.solution(factor, _FEEDBACK).to(delta_weight)
         if left:
             scores = edit_scores([edit.recorded for edit in spoken], delta_weight, hparams)
-            prompts = heard([gain.prompt for gain in gains], scores, least)
+            prompts = heard([gain.prompt for gain in gains], scores, hparams.prompt_gain)
             # Which scores the prompts will have with that.
             expected = [one.prompt * new / old.prompt for one, new, old in zip(scores, prompts, gains, strict=True)]
             edits = equalised([gain.edit for gain in gains], expected, hparams.gain)
