@@ -97,8 +97,9 @@ def score_bounds(
     """Estimates of the pooled scores of all memories from one product, and what they hardly exceed.
 
     The pooled estimate keeps at least the share c = ``least_share(k)`` of the pooled exact score, so that
-    estimate / c is an upper bound. For "max" and "last" only one token's error counts: k = r, and the mean of two that
-    "loudest" takes errs no more. The mean averages over the tokens' errors: k = r n, with n = ``n_directions``.
+    estimate / c is an upper bound. For "max" and "last" only one token's error counts: k = r; the mean of two
+    that "loudest" takes lies too low only if one of them does, at most twice as often. The mean averages over the
+    tokens' errors: k = r n, with n = ``n_directions``.
 
     The bound is one of chance: for activations and memories that do not depend on the projection, a score that is just
     above its threshold is missed with probability ``FAILURE``. That holds for one direction (n = 1, a single token,
