@@ -93,14 +93,13 @@ def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = 
     if token_mask is None:
         token_mask = torch.ones_like(token_scores, dtype=torch.bool)
     mask = token_mask.to(dtype=torch.bool)
+    # Norms are non-negative, so zero is a neutral filling.
+    kept = torch.where(mask, token_scores, torch.zeros_like(token_scores))
     if pooling == "mean":
-        kept = torch.where(mask, token_scores, torch.zeros_like(token_scores))
         return kept.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
     if pooling == "max":
-        # Norms are non-negative, so zero is a neutral filling.
-        return torch.where(mask, token_scores, torch.zeros_like(token_scores)).amax(dim=-1)
+        return kept.amax(dim=-1)
     if pooling == "loudest":
-        kept = torch.where(mask, token_scores, torch.zeros_like(token_scores))
         two = kept.topk(min(2, kept.shape[-1]), dim=-1).values
         return torch.where(mask.sum(dim=-1) >= _LONG, two.mean(dim=-1), two[..., 0])
     if pooling == "last":

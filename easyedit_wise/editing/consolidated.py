@@ -26,7 +26,7 @@ _CONTEXT_WEIGHT = 0.3
 # more; one that is said less than it should be is raised until it is heard, in unrelated texts, too.
 _PROMPT_WEIGHT = 3.0
 # What a target's tokens out of order count as beside the prompt's: they say what is new, and are the loudest.
-_TARGET_WEIGHT = 3.0
+_SCRAMBLED_TARGET_WEIGHT = 3.0
 # A token of an edit that another memory holds counts as this share of a token of its irrelevant prompt.
 _ELSEWHERE_WEIGHT = 0.3
 
@@ -110,8 +110,8 @@ def with_irrelevant(
 
     Args:
         equations: the shard's so far.
-        task: the edits, with their prompts about other subjects, their tokens out of order, and other memories' edits
-            about the same, whose tokens count as much as their own: a token of both is the other's.
+        task: the edits, with their prompts about other subjects, their prompts' and targets' tokens out of order, and
+            other memories' edits about the same, whose tokens count as much as their own: a token of both is the other's.
         own: the irrelevant prompt of each edit that has one.
         hparams: settings.
     """
@@ -124,7 +124,9 @@ def with_irrelevant(
     if task.scrambled is not None:
         equations = equations.silent_on(task.scrambled.activations, 1.0 / hparams.scrambled)
     if task.scrambled_targets is not None:
-        equations = equations.silent_on(task.scrambled_targets.activations, _TARGET_WEIGHT / hparams.scrambled)
+        equations = equations.silent_on(
+            task.scrambled_targets.activations, _SCRAMBLED_TARGET_WEIGHT / hparams.scrambled
+        )
     if task.related is not None:
         equations = equations.silent_on(task.related.activations, _PROMPT_WEIGHT)
     return equations
