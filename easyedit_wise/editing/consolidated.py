@@ -111,7 +111,8 @@ def with_irrelevant(
     Args:
         equations: the shard's so far.
         task: the edits, with their prompts about other subjects, their prompts' and targets' tokens out of order, and
-            other memories' edits about the same, whose tokens count as much as their own: a token of both is the other's.
+            other memories' edits about the same, whose tokens count as much as their own (a token of both is the
+            other's).
         own: the irrelevant prompt of each edit that has one.
         hparams: settings.
     """
