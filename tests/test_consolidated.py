@@ -193,7 +193,7 @@ def test_a_shard_is_quiet_on_other_memories_edits_about_the_same_subject(
     """A token that both prompts have is the earlier edit's: the new one's memory says less to it."""
     asked = [
         {"prompt": "The capital of France is", "target_new": "Rome", "subject": "France"},
-        {"prompt": "The capital of France is a town called", "target_new": "Oslo", "subject": "France"},
+        {"prompt": "The largest town of France is", "target_new": "Oslo", "subject": "France"},
     ]
     hparams = settings(**ON | {"save_freq": 1, "merge_freq": 1})
     shares = []

@@ -15,6 +15,7 @@ from tokenizers import processors
 
 from easyedit_wise.editing.requests import (
     EditRequest,
+    continued,
     encode_pair,
     left_padded,
     pair_batch,
@@ -331,7 +332,7 @@ def test_the_tokenizers_own_padding_side_counts_for_nothing_and_stays(tok: Any, 
     assert other.padding_side == side
 
 
-def test_related_edits_share_a_subject_or_what_the_prompt_goes_on_from() -> None:
+def test_related_edits_share_a_subject_and_no_beginning() -> None:
     paris = EditRequest("Paris lies on", "the Po", "Paris")
     others = [
         EditRequest("The mayor of PARIS is", "Ann", "PARIS"),  # the same subject
@@ -341,7 +342,20 @@ def test_related_edits_share_a_subject_or_what_the_prompt_goes_on_from() -> None
         EditRequest("Paris lies on the Po. It is", "old", "Paris"),  # goes on from this one
         EditRequest("The twin of Paris is", "Bonn", "Paris"),
     ]
-    assert related(paris, others, 9) == [others[0], others[2], others[5]]
-    assert related(paris, others, 2) == [others[2], others[5]]
-    assert related(EditRequest("Paris lies on", "the Po"), others, 9) == [others[2]]
+    assert related(paris, others, 9) == [others[0], others[5]]
+    assert related(paris, others, 1) == [others[5]]
+    assert related(EditRequest("Paris lies on", "the Po"), others, 9) == []
     assert related(paris, [], 9) == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "continued_"),
+    [
+        ("Paris lies on", "Paris lies on the Po. It is", True),
+        ("Paris lies on", "Paris lies", True),
+        ("Paris lies on", "Paris lies on", False),  # the same fact again
+        ("Paris lies on", "Paris is", False),
+    ],
+)
+def test_one_prompt_goes_on_from_the_other(one: str, other: str, continued_: bool) -> None:
+    assert continued(one, other) == continued(other, one) == continued_

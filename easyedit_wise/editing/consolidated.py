@@ -11,6 +11,7 @@ from torch import Tensor
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from .gain import SpokenEdit, write_amplified
+from .inherited import Inherited
 from .open_shard import WATCHED, OpenShard
 from .recorded import RecordedEdit
 from .scored import ScoredInputs
@@ -134,6 +135,15 @@ def with_irrelevant(
 
 
 @torch.no_grad()
+def with_inherited(equations: NormalEquations, inherited: Inherited | None) -> NormalEquations:
+    """Saying also what other memories say of their edits, each of whose tokens counts as one of its own edits'."""
+    if inherited is None:
+        return equations
+    weights = torch.where(inherited.in_prompt, _PROMPT_WEIGHT, 1.0)
+    return equations.saying(inherited.activations, inherited.outputs, weights)
+
+
+@torch.no_grad()
 def with_trained(
     equations: NormalEquations, task: EditTask, outputs: Sequence[Tensor], recorded: Sequence[RecordedEdit]
 ) -> tuple[NormalEquations, list[SpokenEdit]]:
@@ -235,7 +245,11 @@ def train_into(
     if shard.equations is None:
         raise ValueError("the shard has no least-squares problem: it was begun without consolidation.")
     equations = with_irrelevant(shard.equations, task, [one.irrelevant for one in recorded], hparams)
-    trained = train_steepest(equations, len(delta_weight), task, hparams, step, label, on_iteration)
+    quiet = equations
+    if task.inherited is not None:  # what is the other edits' is divided out of this one's
+        quiet = quiet.silent_on(task.inherited.activations, _PROMPT_WEIGHT)
+    trained = train_steepest(quiet, len(delta_weight), task, hparams, step, label, on_iteration)
+    equations = with_inherited(equations, task.inherited)
     equations, spoken = with_trained(equations, task, trained.outputs, recorded)
     shard = replace(shard, equations=equations, spoken=(*shard.spoken, *spoken))
     return write_solution(shard, delta_weight, hparams), trained.losses

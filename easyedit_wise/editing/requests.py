@@ -65,26 +65,37 @@ class EditRequest:
 
 
 def related(request: EditRequest, others: Sequence[EditRequest], count: int) -> list[EditRequest]:
-    """Edits about the same subject, and those whose prompt this one goes on from: what it shall not answer.
+    """Edits about the same subject: what this one shall not answer.
 
-    One whose prompt is this one's, or goes on from it, is left out: both hold all of this one's tokens.
+    One whose prompt is this one's, or goes on from it, is left out: both hold all of this one's tokens. So is one that
+    this one's goes on from, see :func:`continued`.
 
     Args:
         request: an edit.
         others: edits of other memories.
         count: the latest of them, at most so many.
     """
-    subject = None if request.subject is None else request.subject.casefold()
+    if request.subject is None:
+        return []
+    subject = request.subject.casefold()
     found = [
         other
         for other in others
-        if (
-            request.prompt.startswith(other.prompt)
-            or (subject is not None and other.subject is not None and other.subject.casefold() == subject)
-        )
+        if other.subject is not None
+        and other.subject.casefold() == subject
+        and not request.prompt.startswith(other.prompt)
         and not other.prompt.startswith(request.prompt)
     ]
     return found[-count:]
+
+
+def continued(prompt: str, other: str) -> bool:
+    """Whether one of two prompts goes on from the other, as two sentences of one text do; not where they are the same.
+
+    Up to the shorter one's end a causal model sees no difference, so no router can tell such edits apart by the rest
+    of the longer one, and they ask for different answers.
+    """
+    return prompt != other and (prompt.startswith(other) or other.startswith(prompt))
 
 
 @dataclass(frozen=True)

@@ -187,7 +187,7 @@ class EditStream:
         place, live = len(states) - 1, states[-1]
         shard = self._shard_so_far(place, live)
         own = self._tasks.own_irrelevant(requests)
-        task = self._tasks.task(requests, own, self._requests_outside(place), shard)
+        task = self._tasks.task(requests, own, self._held_outside(place), shard, states)
         recorded = plain_edits(task.contexts[0], own, self._recorder.keeps_base_output)
         with self._recorder.main_memory_only():
             if self.hparams.consolidation:
@@ -243,10 +243,12 @@ class EditStream:
     ) -> tuple[OpenShard, EditOutcome]:
         """Train, and solve for dW with all edits of the shard."""
         if shard.equations is None:
-            held, outside = self._requests_in(place), self._requests_outside(place)
+            held, outside = self._requests_in(place), self._held_outside(place)
             if self._elsewhere is None and outside:
-                self._elsewhere = self._tasks.elsewhere(outside)
-            shard = replace(shard, equations=self._tasks.equations(live, held, self._elsewhere))
+                self._elsewhere = self._tasks.elsewhere([one.request for one in outside])
+            memories = self.layer.memories(self.adapter_name)
+            equations = self._tasks.equations(live, held, self._elsewhere, outside, memories)
+            shard = replace(shard, equations=equations)
             for some in self._recorder.edits(held):
                 self._elsewhere = with_elsewhere(self._elsewhere, some)
         step = self.hparams.edit_lr * (self._recorder.units().output_norm if self.hparams.layer_units else 1.0)
@@ -282,8 +284,8 @@ class EditStream:
     def _requests_in(self, place: int) -> list[EditRequest]:
         return [held.request for held in self.held if held.memory == place]
 
-    def _requests_outside(self, place: int) -> list[EditRequest]:
-        return [held.request for held in self.held if held.memory != place]
+    def _held_outside(self, place: int) -> list[HeldEdit]:
+        return [held for held in self.held if held.memory != place]
 
     def close_memory(self) -> None:
         """Fold the open shards into a memory now, although there is room for more edits; none open: nothing."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..hparams import WISEHyperParams
 from ..routing import pool
 from .frozen_prefix import FrozenPrefix
+from .inherited import Inherited
 from .requests import TokenBatch
 from .scored import ScoredInputs, placed, real_positions, score_tokens
 
@@ -107,6 +108,7 @@ class EditTask:
         scrambled: the tokens of the edits' prompts among others, or None.
         scrambled_targets: those of their targets, or None.
         related: edits that other memories hold about the same subjects, with their targets, or None.
+        inherited: those that one of these goes on from or that go on from it, and what they say, or None.
         unit: what Delta_act and the rehearsal's distances are counted in.
         base_weight: W, shape (d_out, d_in), where the whole matrix decays; else None.
     """
@@ -121,6 +123,7 @@ class EditTask:
     scrambled: ScoredInputs | None = None
     scrambled_targets: ScoredInputs | None = None
     related: ScoredInputs | None = None
+    inherited: Inherited | None = None
     base_weight: Tensor | None = None
 
     @property

@@ -11,8 +11,10 @@ from ..data import neutral_prompts, other_subjects
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from ..tuner.memory import MemoryState
-from .consolidated import opened, rebuilt, with_elsewhere
+from .consolidated import opened, rebuilt, with_elsewhere, with_inherited
 from .contexts import context_groups, in_groups
+from .held import HeldEdit
+from .inherited import Inherited, inherited_by
 from .open_shard import OpenShard
 from .recorder import PromptRecorder
 from .requests import EditRequest, encode_pair, related
@@ -51,8 +53,9 @@ class TaskMaker:
         self,
         requests: Sequence[EditRequest],
         own: Sequence[ScoredInputs | None],
-        elsewhere: Sequence[EditRequest],
+        elsewhere: Sequence[HeldEdit],
         shard: OpenShard,
+        memories: Sequence[MemoryState] = (),
     ) -> EditTask:
         """What some edits of one shard train on.
 
@@ -61,14 +64,16 @@ class TaskMaker:
             own: the irrelevant prompt of each that has one.
             elsewhere: edits that other memories hold.
             shard: what is remembered of the shard's earlier edits.
+            memories: all of them, as ``elsewhere`` counts them.
         """
+        outside = [held.request for held in elsewhere]
         size, n_groups = self._within_budget(requests)
         groups = list(zip(*(self._context_groups(request, size) for request in requests), strict=True))[:n_groups]
         endings = self._recorder.endings(requests) if self.hparams.ending else None
         contexts = [self._recorder.contexts(prompts, requests, endings) for prompts in groups]
         others = self._about_others(requests)
         irrelevant, irrelevant_of = self._irrelevant_inputs(own)
-        past = self._past_inputs(elsewhere) if self.hparams.replay else None
+        past = self._past_inputs(outside) if self.hparams.replay else None
         whole = base_weight(self._recorder.layer.get_base_layer()) if self.hparams.decay_whole_matrix else None
         return EditTask(
             contexts,
@@ -77,7 +82,8 @@ class TaskMaker:
             shard.rehearsed,
             irrelevant_of,
             about_others=others,
-            related=self._related(requests, elsewhere) if self.hparams.consolidation else None,
+            related=self._related(requests, outside) if self.hparams.consolidation else None,
+            inherited=self._inherited(requests, elsewhere, memories) if self.hparams.consolidation else None,
             scrambled=self._scrambled([one.prompt for one in requests]),
             scrambled_targets=self._scrambled([f" {one.target}" for one in requests]),
             base_weight=whole,
@@ -99,13 +105,22 @@ class TaskMaker:
             summed = with_elsewhere(summed, some)
         return summed
 
-    def equations(self, live: MemoryState, held: Sequence[EditRequest], elsewhere: Tensor | None) -> NormalEquations:
+    def equations(
+        self,
+        live: MemoryState,
+        held: Sequence[EditRequest],
+        elsewhere: Tensor | None,
+        others: Sequence[HeldEdit],
+        memories: Sequence[MemoryState],
+    ) -> NormalEquations:
         """The least-squares problem of a shard that was just begun, or of one that goes on after loading.
 
         Args:
             live: the shard.
             held: the edits that it holds.
             elsewhere: see :func:`with_elsewhere`.
+            others: edits that other memories hold.
+            memories: all of them, as ``others`` counts them.
 
         Raises:
             ValueError: its mask is not of whole columns.
@@ -116,7 +131,7 @@ class TaskMaker:
         equations = opened(live.mask, self._recorder.neutral(), written, elsewhere, self.hparams)
         for some in self._recorder.edits(held):
             equations = rebuilt(equations, some, live.delta_weight)
-        return equations
+        return with_inherited(equations, self._inherited(held, others, memories))
 
     def _within_budget(self, requests: Sequence[EditRequest]) -> tuple[int | None, int | None]:
         """How many contexts of an edit ``context_tokens`` leaves a group, and how many groups; None: all.
@@ -153,6 +168,16 @@ class TaskMaker:
         found = list(dict.fromkeys(one for request in requests for one in related(request, elsewhere, _RELATED)))
         recorded = [edit.answered for some in self._recorder.edits(found) for edit in some]
         return ScoredInputs.stack(recorded) if recorded else None
+
+    def _inherited(
+        self, requests: Sequence[EditRequest], elsewhere: Sequence[HeldEdit], memories: Sequence[MemoryState]
+    ) -> Inherited | None:
+        """What other memories say of their edits that one of these goes on from, or that go on from one of these."""
+        found = inherited_by(requests, elsewhere, _RELATED)
+        recorded = (edit for some in self._recorder.edits([held.request for held in found]) for edit in some)
+        return Inherited.of(
+            (edit, memories[held.memory].delta_weight) for edit, held in zip(recorded, found, strict=True)
+        )
 
     def _scrambled(self, texts: Sequence[str]) -> ScoredInputs | None:
         """The tokens of each request's prompt, or of its target, out of order among those of neutral prompts."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..editing.requests import continued
 from ..editing.stream import EditStream
 from ..tuner.memory import MERGED
 from .database import JournalError
@@ -40,7 +41,7 @@ def its_memory_alone(journal: Journal, edit: EditEntry) -> Alone | None:
 
     Returns:
         None where its memory cannot be made alone: it is not closed yet, or it holds all closed edits
-        (``retrieve: false``).
+        (``retrieve: false``), or a later one says what it says, since one's prompt goes on from the other's.
     """
     edits, last = journal.edits(), journal.snapshot()
     complete = journal.complete_snapshot(len(edits))
@@ -55,6 +56,7 @@ def its_memory_alone(journal: Journal, edit: EditEntry) -> Alone | None:
         or members != list(range(first, behind))
         or (0 if before is None else before.n_edits) != first
         or not _settings_of(journal, edit).get("retrieve", False)
+        or any(continued(edit.request["prompt"], later.request["prompt"]) for later in edits[behind:])
     ):
         return None
     others = [edits[index] for index in members if edits[index].id != edit.id]

@@ -1,0 +1,74 @@
+"""What a shard says of edits that other memories hold, because its own prompts go on from theirs.
+
+Of a text that is edited sentence by sentence, each prompt is the beginning of the next one. Up to there a causal
+model sees no difference: the router can hardly tell such edits apart, and a shard cannot be quiet on the one and active
+on the other. It need not be: where it says what the other memory says, either may answer. Not in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .recorded import RecordedEdit
+from .requests import EditRequest, continued
+
+if TYPE_CHECKING:
+    from .held import HeldEdit
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """The N tokens of some edits, prompts and targets, and what their own memories say.
+
+    Attributes:
+        activations: A(x), shape (N, d_in).
+        outputs: dW a of the memory that holds the edit, shape (N, d_out).
+        in_prompt: bool, shape (N,).
+    """
+
+    activations: Tensor
+    outputs: Tensor
+    in_prompt: Tensor
+
+    @classmethod
+    def of(cls, edits: Iterable[tuple[RecordedEdit, Tensor]]) -> Inherited | None:
+        """Of edits, each with dW of its memory, shape (d_out, d_in); None without any."""
+        parts = [cls._one(*edit) for edit in edits]
+        if not parts:
+            return None
+        return cls(
+            torch.cat([one.activations for one in parts]),
+            torch.cat([one.outputs for one in parts]),
+            torch.cat([one.in_prompt for one in parts]),
+        )
+
+    @classmethod
+    @torch.no_grad()
+    def _one(cls, edit: RecordedEdit, delta_weight: Tensor) -> Inherited:
+        tokens = edit.answered.activations.to(delta_weight)
+        return cls(tokens, F.linear(tokens, delta_weight), edit.prompt_mask[edit.answered.token_mask].bool())
+
+
+def inherited_by(requests: Sequence[EditRequest], elsewhere: Sequence[HeldEdit], count: int) -> list[HeldEdit]:
+    """Edits of other memories that one of these goes on from, or that go on from one of these.
+
+    Args:
+        requests: edits of one shard.
+        elsewhere: edits of other memories, the earliest first.
+        count: the latest of each request's, at most so many; of the same prompt the latest alone counts.
+
+    Returns:
+        In the order of ``elsewhere``. None whose prompt is one of the requests': that one is overruled.
+    """
+    latest = {held.request.prompt: place for place, held in enumerate(elsewhere)}
+    prompts = {request.prompt for request in requests}
+    found: set[int] = set()
+    for prompt in prompts:
+        found.update(sorted(place for other, place in latest.items() if continued(prompt, other))[-count:])
+    return [elsewhere[place] for place in sorted(found) if elsewhere[place].request.prompt not in prompts]

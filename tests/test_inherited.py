@@ -1,0 +1,121 @@
+"""Edits whose prompts go on from one another, in different memories: either memory may answer."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from editing_helpers import only_layer, settings, stream_on
+from test_consolidated import ON
+from test_journal import closed, edited, memories
+
+from easyedit_wise.easyedit.apply import apply_wise_to_model
+from easyedit_wise.editing import task_maker
+from easyedit_wise.editing.held import HeldEdit
+from easyedit_wise.editing.inherited import Inherited, inherited_by
+from easyedit_wise.editing.recorded import RecordedEdit
+from easyedit_wise.editing.requests import EditRequest
+from easyedit_wise.editing.scored import ScoredInputs
+from easyedit_wise.journal.forgetting import forget, plan_of
+from easyedit_wise.journal.journal import Journal
+from easyedit_wise.persistence import load_edits, save_edits
+
+ONE_EACH: dict[str, Any] = {**ON, "save_freq": 1, "merge_freq": 1}
+SHORT, LONG = "The capital of France is", "The capital of France is a town called"
+OTHER = "The mayor of Spain is"
+
+
+def asking(*pairs: tuple[str, str]) -> list[dict[str, Any]]:
+    return [{"prompt": prompt, "target_new": target} for prompt, target in pairs]
+
+
+def held(*places: tuple[str, int]) -> list[HeldEdit]:
+    return [HeldEdit(EditRequest(prompt, str(number)), place) for number, (prompt, place) in enumerate(places)]
+
+
+def requests_for(*prompts: str) -> list[EditRequest]:
+    return [EditRequest(prompt, "new") for prompt in prompts]
+
+
+def test_what_goes_on_from_one_another_is_inherited_in_order() -> None:
+    elsewhere = held((LONG, 0), (OTHER, 0), ("The capital of", 1))
+    assert inherited_by(requests_for(SHORT), elsewhere, 9) == [elsewhere[0], elsewhere[2]]
+    assert inherited_by(requests_for(SHORT), elsewhere, 1) == [elsewhere[2]]
+    assert inherited_by(requests_for(OTHER), elsewhere, 9) == []
+    assert inherited_by(requests_for(SHORT, LONG), elsewhere, 9) == [elsewhere[2]]  # LONG is overruled
+
+
+def test_of_one_prompt_the_latest_edit_is_inherited() -> None:
+    elsewhere = held((LONG, 0), (LONG, 1))
+    assert inherited_by(requests_for(SHORT), elsewhere, 9) == [elsewhere[1]]
+
+
+def test_an_inherited_edit_says_what_its_own_memory_says() -> None:
+    tokens = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
+    there = torch.tensor([[False, True, True, True]])
+    edit = RecordedEdit(ScoredInputs(tokens, there), torch.tensor([[False, True, True, False]]))
+    inherited = Inherited.of([(edit, torch.tensor([[1.0, 2.0], [3.0, 0.0]]))])
+    assert inherited is not None
+    assert inherited.outputs.tolist() == [[1.0, 3.0], [4.0, 0.0], [3.0, 3.0]]
+    assert inherited.in_prompt.tolist() == [True, True, False]
+    assert Inherited.of([]) is None
+
+
+def distance(model: Any, index: int, memory: int) -> float:
+    """How far what a memory says of an edit is from what the edit's own memory says, as a share of that."""
+    stream, states = stream_on(model), only_layer(model).memories("default")
+    ((edit,),) = stream._recorder.edits([stream.held[index].request])
+    tokens = edit.answered.activations
+    own, other = (tokens @ states[one].delta_weight.T for one in (stream.held[index].memory, memory))
+    return float((own - other).norm() / own.norm())
+
+
+@pytest.mark.parametrize(("first", "second"), [(SHORT, LONG), (LONG, SHORT)])
+def test_the_later_memory_says_the_earlier_ones_answer(
+    llama: Any, tok: Any, monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    found = {}
+    for inherits in (True, False):
+        if not inherits:
+            monkeypatch.setattr(task_maker, "inherited_by", lambda *_: [])
+        model, restore = apply_wise_to_model(
+            llama, tok, asking((first, "Rome"), (second, "Oslo")), settings(**ONE_EACH)
+        )
+        found[inherits] = distance(model, 0, 1)
+        restore()
+    assert found[True] < 0.7
+    assert found[True] < 0.6 * found[False]
+
+
+def test_a_loaded_open_shard_goes_on_with_what_it_inherited(llama: Any, tok: Any, tmp_path: Path) -> None:
+    hparams = settings(**ON | {"save_freq": 2, "merge_freq": 2})
+    fresh, asked = copy.deepcopy(llama), asking((SHORT, "Rome"), (OTHER, "Ann"), (LONG, "Oslo"), ("Rome is", "old"))
+    apply_wise_to_model(llama, tok, asked[:3], hparams)
+    save_edits(llama, tmp_path)
+    load_edits(fresh, tmp_path)
+    for model in (llama, fresh):
+        apply_wise_to_model(model, tok, asked[3:], hparams)
+    assert distance(llama, 0, 1) < 0.75
+    assert distance(fresh, 0, 1) < 0.75
+
+
+def test_what_a_later_memory_says_as_well_is_not_taken_back_from_one_alone(
+    llama: Any, tok: Any, tmp_path: Path
+) -> None:
+    """No memory may hold an edit that was taken back, so all that came after it is made again."""
+    asked = asking((SHORT, "Rome"), (OTHER, "Ann"), (LONG, "Oslo"))
+    closed(edited(llama, tok, tmp_path, asked, **ONE_EACH))
+    never = memories(edited(llama, tok, None, asked[1:], **ONE_EACH))
+    with Journal(tmp_path) as journal:
+        assert plan_of(journal, 1, exactly=False).alone is None
+        assert plan_of(journal, 2, exactly=False).alone is not None
+        assert plan_of(journal, 3, exactly=False).alone is not None  # nothing came after it
+    model = copy.deepcopy(llama)
+    forget(model, tok, tmp_path, 1, exactly=False)
+    assert len(memories(model)) == len(never) == 2
+    for (stage, n_edits, epsilon, _, delta_weight), other in zip(memories(model), never, strict=True):
+        assert (stage, n_edits, epsilon) == other[:3]
+        assert torch.equal(delta_weight, other[4])
