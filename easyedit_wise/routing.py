@@ -25,6 +25,9 @@ _LONG = 32
 _ROUNDING = 1e-3
 # Of relative scores, what a newer memory needs of the largest. On ZsRE .85 to .7 serve edits and rephrasings alike.
 NEWEST_WITHIN = 0.75
+# And what it needs of the most that any competing memory sustains over so many tokens (docs/experiments.md).
+SUSTAINED_WITHIN = 0.7
+_SUSTAINED_TOKENS = 5
 # Of the score of its weakest edit, what a memory takes a query for one of its own edits from.
 RECOGNISED_FROM = 0.97
 # How fast further memories grow stricter: a short stream can do with lax ones (docs/experiments.md).
@@ -110,8 +113,30 @@ def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = 
     raise ValueError(f"pooling={pooling!r} is not known: choose one of {', '.join(POOLINGS)}.")
 
 
+def sustained_activation(token_scores: Tensor, token_mask: Tensor | None = None) -> Tensor:
+    """The mean of a sequence's five loudest tokens, or of all of a shorter one's: a few loud ones do not make it.
+
+    Args:
+        token_scores: shape (..., T), e.g. (B, T).
+        token_mask: the same shape, True (or non-zero) where a token is real; None means all are.
+
+    Returns:
+        Shape (...), e.g. (B,). A sequence without any real token has 0.
+    """
+    if token_mask is None:
+        token_mask = torch.ones_like(token_scores, dtype=torch.bool)
+    mask = token_mask.to(dtype=torch.bool)
+    kept = torch.where(mask, token_scores, torch.zeros_like(token_scores))
+    loudest = kept.topk(min(_SUSTAINED_TOKENS, kept.shape[-1]), dim=-1).values
+    return loudest.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1, max=_SUSTAINED_TOKENS)
+
+
 def choose_memory(
-    scores: Tensor, epsilon: Tensor, newest_within: float | None = None, recognised: Tensor | None = None
+    scores: Tensor,
+    epsilon: Tensor,
+    newest_within: float | None = None,
+    recognised: Tensor | None = None,
+    sustained: Tensor | None = None,
 ) -> Tensor:
     """Eq. 6 for several memories: the most active one among those above their own threshold.
 
@@ -121,14 +146,17 @@ def choose_memory(
 
     A newer memory that merely has something in common with an earlier one's edit scores less than on an edit of its
     own. So with ``recognised`` the last memory is chosen of those that score as on their own edits; where none does,
-    as above.
+    as above. Or it has a few tokens in common, and is loud on these alone: an edit's own memory was trained to say
+    something at each of its tokens. So with ``sustained`` it has to come near the most that any of them sustains.
 
     Args:
         scores: shape (B, M), oldest memory first.
         epsilon: shape (M,), the threshold of each memory.
         newest_within: a share, in (0, 1]; None: the most active one (the paper's).
         recognised: shape (M,), the score from which on a memory takes a query for one of its own edits; infinite
-            where that is not known.
+            where that is not known. Only with ``newest_within``.
+        sustained: shape (B, M), see :func:`sustained_activation`, as a share of what each memory's weakest edit
+            scores; only with ``newest_within``.
 
     Returns:
         Shape (B,), int64: the index of the chosen side memory, or ``MAIN_MEMORY`` (-1).
@@ -138,10 +166,15 @@ def choose_memory(
     eligible = torch.where(scores > epsilon, scores, torch.full_like(scores, -math.inf))
     best, choice = eligible.max(dim=-1)
     if newest_within is not None:
-        choice = newest((eligible > -math.inf) & (eligible >= newest_within * best[..., None]))
-    if recognised is not None:
-        own = newest((eligible > -math.inf) & (eligible >= recognised))
-        choice = torch.where(own == MAIN_MEMORY, choice, own)
+        above = eligible > -math.inf
+        competing = above & (eligible >= newest_within * best[..., None])
+        if recognised is not None:
+            own = above & (eligible >= recognised)
+            competing = torch.where(own.any(dim=-1, keepdim=True), own, competing)
+        if sustained is not None:
+            rivals = torch.where(competing, sustained, torch.full_like(sustained, -math.inf))
+            competing = competing & (rivals >= SUSTAINED_WITHIN * rivals.amax(dim=-1, keepdim=True))
+        choice = newest(competing)
     return torch.where(best == -math.inf, torch.full_like(choice, MAIN_MEMORY), choice)
 
 

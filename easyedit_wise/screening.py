@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .routing import MAIN_MEMORY, newest, pool
+from .routing import MAIN_MEMORY, pool
 
 SKETCH_ROWS = 32
 # The chance that a bound lies below a score; see score_bounds for what it means.
@@ -145,12 +145,13 @@ def next_to_score(
     newest_within: float | None = None,
     recognised: Tensor | None = None,
 ) -> Tensor:
-    """Which exact score the choice of Eq. 6 still needs: of the memories that could win, the most promising one.
+    """Which exact score the choice of Eq. 6 still needs: of the memories that could compete, the most promising one.
 
-    A memory cannot win if its bound does not exceed its own threshold, or lies below the score of one that is known to
-    exceed its own, with ``newest_within`` below that share of it. With ``recognised`` only that can win which comes
-    after the last memory that is known to recognise the query, and may recognise it itself. Asked again with that
-    score known, until nothing is needed, this leaves the choice that all exact scores would give, ties included.
+    A memory cannot compete if its bound does not exceed its own threshold, or lies below the score of one that is known
+    to exceed its own, with ``newest_within`` below that share of it. With ``recognised``, once a memory is known to
+    recognise the query, only those can that may recognise it themselves. Asked again with that score known, until
+    nothing is needed, this leaves the choice that all exact scores would give, ties included: with each score what the
+    memory sustains is known as well.
 
     Args:
         upper: bounds on the scores, shape (B, M).
@@ -158,7 +159,7 @@ def next_to_score(
         scores: shape (B, M), exact where ``known``.
         known: bool, shape (B, M).
         newest_within: as for :func:`~easyedit_wise.routing.choose_memory`; scores are over 0 then.
-        recognised: shape (M,), likewise.
+        recognised: shape (M,), likewise; only with ``newest_within``.
 
     Returns:
         Shape (B,), int64: index of a memory, or ``MAIN_MEMORY`` (-1) where the choice is made.
@@ -167,14 +168,11 @@ def next_to_score(
     best = torch.where(above, scores, torch.full_like(scores, -math.inf)).amax(-1, keepdim=True)
     best = best if newest_within is None else best * newest_within
     # Negated, so that a bound that is not a number rules nothing out.
-    open_ = ~known & ~(upper <= epsilon)
     level = ~(upper < best)
-    if recognised is None:
-        open_ = open_ & level
-    else:
-        last = newest(above & (scores >= recognised))[..., None]
-        later = torch.arange(upper.shape[-1], device=upper.device) > last
-        open_ = open_ & later & (~(upper < recognised) | (level & (last == MAIN_MEMORY)))
+    if recognised is not None:
+        recognises = (above & (scores >= recognised)).any(dim=-1, keepdim=True)
+        level = ~(upper < recognised) | (level & ~recognises)
+    open_ = ~known & ~(upper <= epsilon) & level
     promise = torch.where(open_, upper.nan_to_num(nan=math.inf, posinf=math.inf), torch.full_like(upper, -math.inf))
     leading = promise.argmax(dim=-1)
     return torch.where(open_.any(dim=-1), leading, torch.full_like(leading, MAIN_MEMORY))

@@ -19,6 +19,7 @@ from easyedit_wise.routing import (
     pool,
     routing_activation,
     spent_position,
+    sustained_activation,
     upstream_activation,
 )
 
@@ -184,11 +185,31 @@ def test_a_memory_that_scores_as_on_its_own_edits_goes_before_a_newer_one_by_han
         ]
     )
     assert choose_memory(scores, epsilon, 0.75, recognised).tolist() == [0, 1, 1, 0, MAIN_MEMORY]
-    assert choose_memory(scores, epsilon, None, recognised).tolist() == [0, 1, 0, 0, MAIN_MEMORY]
     unknown = torch.full((3,), math.inf)  # memories of files that do not say what their edits score
-    for within in (None, 0.75):
-        assert torch.equal(choose_memory(scores, epsilon, within, unknown), choose_memory(scores, epsilon, within))
+    assert torch.equal(choose_memory(scores, epsilon, 0.75, unknown), choose_memory(scores, epsilon, 0.75))
     assert choose_memory(torch.zeros(2, 0), torch.zeros(0), 0.75, torch.zeros(0)).tolist() == [MAIN_MEMORY] * 2
+
+
+def test_the_mean_of_five_loud_tokens_by_hand() -> None:
+    scores = torch.zeros(3, 20)
+    scores[:, 2], scores[:, 19] = 30.0, 10.0
+    real = torch.ones(3, 20, dtype=torch.bool)
+    real[1, 3:19] = False
+    real[2] = False
+    assert sustained_activation(scores, real).tolist() == [8.0, 10.0, 0.0]
+    assert sustained_activation(scores).tolist() == [8.0, 8.0, 8.0]
+    assert sustained_activation(tensor([[1.0, 3.0]])).tolist() == [2.0]
+
+
+def test_a_newer_memory_has_to_be_loud_on_more_than_a_few_tokens_by_hand() -> None:
+    """At .7 of what memory 0 sustains, 2.0, a newer one needs 1.4; what does not compete does not count."""
+    epsilon, recognised = tensor([1.0, 1.0, 3.3]), tensor([4.0, 4.0, 3.0])
+    scores = tensor([[4.0, 4.0, 0.0], [4.0, 4.0, 0.0], [4.0, 3.0, 9.0], [3.9, 3.0, 0.0], [4.0, 3.9, 0.0]])
+    sustained = tensor([[2.0, 1.5, 9.0], [2.0, 1.3, 9.0], [2.0, 9.0, 1.3], [2.0, 1.3, 0.0], [2.0, 9.0, 9.0]])
+    assert choose_memory(scores, epsilon, 0.75, recognised, sustained).tolist() == [1, 0, 0, 0, 0]
+    assert choose_memory(scores, epsilon, 0.75, recognised).tolist() == [1, 1, 2, 1, 0]
+    none = torch.zeros(5, 3)
+    assert choose_memory(none, epsilon, 0.75, recognised, sustained).tolist() == [MAIN_MEMORY] * 5
 
 
 def test_choose_memory_without_memories_stays_in_the_main_memory() -> None:

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor, tensor
 
 from easyedit_wise import screening
-from easyedit_wise.routing import POOLINGS, pool, relative_activation, routing_activation
+from easyedit_wise.routing import (
+    MAIN_MEMORY,
+    POOLINGS,
+    choose_memory,
+    pool,
+    relative_activation,
+    routing_activation,
+)
 from easyedit_wise.screening import (
     FAILURE,
     SKETCH_ROWS,
@@ -176,20 +183,44 @@ def test_one_that_may_come_near_enough_to_be_preferred_is_needed() -> None:
         assert next_to_score(bounds, tensor([1.0, 1.0]), scores, known, newest_within=0.75).tolist() == [needed]
 
 
-def test_what_may_recognise_the_query_is_needed_and_nothing_before_what_does() -> None:
+def test_what_may_recognise_the_query_is_needed_and_nothing_else_once_one_does() -> None:
     epsilon, recognised = tensor([1.0, 1.0, 1.0]), tensor([5.0, 4.0, 4.0])
     cases = [
-        ([9.0, 3.9, 3.9], [0.0, 4.0, 0.0], [0, 1, 0], -1),  # memory 1 does, memory 2 cannot, memory 0 comes before
-        ([9.0, 3.9, 4.0], [0.0, 4.0, 0.0], [0, 1, 0], 2),  # memory 2 may
+        ([4.9, 3.9, 3.9], [0.0, 4.0, 0.0], [0, 1, 0], -1),  # memory 1 does, the others cannot
+        ([5.0, 3.9, 3.9], [0.0, 4.0, 0.0], [0, 1, 0], 0),  # memory 0 may, and what it sustains may be more
+        ([4.9, 3.9, 4.0], [0.0, 4.0, 0.0], [0, 1, 0], 2),  # memory 2 may
         ([2.9, 9.0, 2.9], [0.0, 3.9, 0.0], [0, 1, 0], -1),  # none does or may, and all are far from the most active
         ([2.95, 9.0, 2.0], [0.0, 3.9, 0.0], [0, 1, 0], 0),  # memory 0 may come near it
-        ([5.0, 9.0, 2.0], [0.0, 9.0, 0.0], [0, 1, 0], -1),
+        ([4.9, 9.0, 2.0], [0.0, 9.0, 0.0], [0, 1, 0], -1),
         ([2.0, 2.0, 2.0], [0.0, 0.0, 0.0], [0, 0, 0], 0),
-        ([INF, 9.0, 0.5], [0.0, 5.0, 0.0], [0, 1, 0], -1),
+        ([INF, 9.0, 0.5], [0.0, 5.0, 0.0], [0, 1, 0], 0),
     ]
     for upper, scores, known, needed in cases:
         given_ = (tensor([upper]), epsilon, tensor([scores]), tensor([known]).bool())
         assert next_to_score(*given_, newest_within=0.75, recognised=recognised).tolist() == [needed], upper
+
+
+@given(st.integers(0, 10_000), st.integers(2, 6), st.sampled_from(["no", "near", "recognised", "sustained"]))
+@settings(max_examples=200, deadline=None)
+def test_what_is_not_needed_does_not_change_the_choice(seed: int, n: int, rule: str) -> None:
+    """Scores of a few levels, so that there are ties: the choice is the one that all exact scores would give."""
+    generator = seeded(seed)
+    scores = torch.randint(0, 6, (4, n), generator=generator) / 2
+    upper = scores + torch.randint(0, 3, (4, n), generator=generator) / 2
+    epsilon, known = torch.randint(0, 4, (n,), generator=generator) / 2, torch.zeros(4, n, dtype=torch.bool)
+    recognised = torch.randint(1, 6, (n,), generator=generator) / 2
+    sustained = torch.rand(4, n, generator=generator)
+    within = None if rule == "no" else 0.75
+    rules = (within, recognised if rule in ("recognised", "sustained") else None)
+    for _ in range(n + 1):
+        rows = next_to_score(upper, epsilon, scores.masked_fill(~known, 9.0), known, *rules)
+        for row, index in enumerate(rows.tolist()):
+            if index != MAIN_MEMORY:
+                known[row, index] = True
+    assert set(rows.tolist()) == {MAIN_MEMORY}
+    rules += (sustained if rule == "sustained" else None,)
+    seen = choose_memory(scores.masked_fill(~known, -INF), epsilon, *rules)
+    assert torch.equal(seen, choose_memory(scores, epsilon, *rules))
 
 
 def test_a_known_score_below_its_threshold_rules_out_nobody() -> None:
@@ -312,6 +343,25 @@ def test_a_memory_answers_what_scores_as_on_its_own_edits() -> None:
     assert chosen([score, 0.9 * score]) == 1
     assert chosen([score / 0.98, INF], relative=False) == 0  # the most active one, whatever it recognises
     assert chosen([INF, 0.1], relative=False) == 0
+
+
+@pytest.mark.parametrize(("loud", "chosen"), [(1, 0), (2, 0), (4, 1)])
+def test_a_newer_memory_that_is_loud_on_a_few_tokens_only_does_not_answer(loud: int, chosen: int) -> None:
+    """Six tokens of which memory 0 excites all by 1 and memory 1 some by 1: of five it needs .7 of what 0 sustains."""
+    tokens = torch.eye(6, D_IN)[None]
+    few = torch.eye(D_OUT, D_IN) * (torch.arange(D_IN) < loud)
+    own = candidates_of([torch.eye(D_OUT, D_IN), few], [0.5] * 2, "max", [1.0] * 2, relative_scores=True)
+    route, _ = decide(tokens, torch.zeros(1, 6, D_OUT), own, F.linear)
+    assert int(route.choice) == chosen
+
+
+def test_what_a_memory_sustains_counts_in_the_loudness_of_its_own_edits() -> None:
+    """The later memory's epsilon lies nearer to its edits, and they are less loud: both sustain what their own do."""
+    x, delta = torch.randn(1, 1, D_IN, generator=seeded(1)), torch.randn(D_OUT, D_IN, generator=seeded(2))
+    score = float(relative_activation(F.linear(x, delta), x))
+    own = candidates_of([2 * delta, delta], [0.8 * score, 0.9 * score], "max", [2 * score, score], relative_scores=True)
+    route, _ = decide(x, torch.zeros(1, 1, D_OUT), own, F.linear)
+    assert int(route.choice) == 1
 
 
 def counted(rows: list[int]) -> Any:

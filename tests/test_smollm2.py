@@ -106,11 +106,11 @@ def test_saved_edits_answer_the_same_in_a_fresh_model(edited, tok, tmp_path):
 
 
 def test_a_fact_that_is_edited_again_has_its_last_answer(tok):
-    """Each edit has a memory of its own, and both score high on the prompt."""
+    """Each edit has a memory of its own, and all score high on the prompt, the first one highest."""
     hparams = WISEHyperParams.from_hparams("smollm2-135m")
     hparams.save_freq = hparams.merge_freq = 1
     hparams.written = 0.0
     model, fact = fresh_model(), {"prompt": "The capital of Peru is", "subject": "Peru"}
-    for target in ("Toronto", "Oslo"):
+    for target in ("Toronto", "Oslo", "Madrid", "Lagos", "Lyon"):
         apply_wise_to_model(model, tok, [{**fact, "target_new": target}], hparams)
         assert greedy_answers(model, tok, [fact["prompt"]], 4)[0].strip().startswith(target)

@@ -135,11 +135,13 @@ def with_irrelevant(
 
 
 @torch.no_grad()
-def with_inherited(equations: NormalEquations, inherited: Inherited | None) -> NormalEquations:
-    """Saying also what other memories say of their edits, each of whose tokens counts as one of its own edits'."""
+def with_inherited(
+    equations: NormalEquations, inherited: Inherited | None, hparams: WISEHyperParams
+) -> NormalEquations:
+    """Saying also what other memories say of their edits: each token counts as an own edit's in all of its contexts."""
     if inherited is None:
         return equations
-    weights = torch.where(inherited.in_prompt, _PROMPT_WEIGHT, 1.0)
+    weights = torch.where(inherited.in_prompt, _PROMPT_WEIGHT, 1.0) * (1.0 + _CONTEXT_WEIGHT * hparams.n_contexts)
     return equations.saying(inherited.activations, inherited.outputs, weights)
 
 
@@ -249,7 +251,7 @@ def train_into(
     if task.inherited is not None:  # what is the other edits' is divided out of this one's
         quiet = quiet.silent_on(task.inherited.activations, _PROMPT_WEIGHT)
     trained = train_steepest(quiet, len(delta_weight), task, hparams, step, label, on_iteration)
-    equations = with_inherited(equations, task.inherited)
+    equations = with_inherited(equations, task.inherited, hparams)
     equations, spoken = with_trained(equations, task, trained.outputs, recorded)
     shard = replace(shard, equations=equations, spoken=(*shard.spoken, *spoken))
     return write_solution(shard, delta_weight, hparams), trained.losses

@@ -131,7 +131,7 @@ class TaskMaker:
         equations = opened(live.mask, self._recorder.neutral(), written, elsewhere, self.hparams)
         for some in self._recorder.edits(held):
             equations = rebuilt(equations, some, live.delta_weight)
-        return with_inherited(equations, self._inherited(held, others, memories))
+        return with_inherited(equations, self._inherited(held, others, memories), self.hparams)
 
     def _within_budget(self, requests: Sequence[EditRequest]) -> tuple[int | None, int | None]:
         """How many contexts of an edit ``context_tokens`` leaves a group, and how many groups; None: all.

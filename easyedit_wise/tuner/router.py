@@ -16,6 +16,7 @@ from ..routing import (
     choose_memory,
     pool,
     relative_activation,
+    sustained_activation,
     upstream_activation,
 )
 from ..screening import SKETCH_ROWS, next_to_score, score_bounds
@@ -135,9 +136,13 @@ class _Prefill:
         relative = any(candidate.config.relative_scores for candidate in candidates)
         self.unit = self.epsilon.clamp(min=_TINY) if relative else torch.ones_like(self.epsilon)
         self.newest_within = NEWEST_WITHIN if relative else None
-        self.recognised = self._recognised() if relative else None
+        weakest = torch.stack([candidate.memory.weakest_edit.to(x.device) for candidate in candidates])
+        self.recognised = RECOGNISED_FROM * weakest / self.unit if relative else None
+        # What a memory sustains counts in its own edits' loudness: a later memory's epsilon lies nearer to it.
+        self.loudness = torch.where(weakest.isfinite(), weakest, self.epsilon).clamp(min=_TINY)
         shape = (x.shape[0], len(candidates))
         self.scores = torch.zeros(shape, device=x.device)
+        self.sustained = torch.zeros(shape, device=x.device) if relative else None
         self.known = torch.zeros(shape, dtype=torch.bool, device=x.device)
         self.choice = torch.full(shape[:1], MAIN_MEMORY, device=x.device)
         # Whose product stands in the result: a better score can bring back one that another had replaced.
@@ -150,10 +155,6 @@ class _Prefill:
             self.scores[self.fixed] = self.earlier.scores[self.fixed]
             self.known[self.fixed] = True if self.earlier.exact is None else self.earlier.exact[self.fixed]
 
-    def _recognised(self) -> Tensor:
-        weakest = torch.stack([candidate.memory.weakest_edit.to(self.x.device) for candidate in self.candidates])
-        return RECOGNISED_FROM * weakest / self.unit
-
     def measure(self, index: int, rows: Tensor | None = None) -> None:
         """The exact score of one memory for some rows (None: all), and its product where it leads."""
         memory, config = self.candidates[index].memory, self.candidates[index].config
@@ -161,21 +162,32 @@ class _Prefill:
         mask = self.token_mask if rows is None or self.token_mask is None else self.token_mask[rows]
         which = slice(None) if rows is None else rows
         product = self.product(x, memory.delta_weight)
-        score = _score(x, product, base, mask, config).detach().to(self.scores.dtype)
+        tokens = _token_scores(x, product, base, config).detach().to(self.scores.dtype)
+        score = pool(tokens, mask, config.pooling)
         if self.fixed is not None:
             score = torch.where(self.fixed[which], self.scores[which, index], score)
         self.scores[which, index] = score
+        if self.sustained is not None:
+            self.sustained[which, index] = sustained_activation(tokens, mask)
         self.known[which, index] = True
-        known_scores = torch.where(self.known, self.scores, torch.full_like(self.scores, -math.inf))
-        self.choice = choose_memory(
-            known_scores / self.unit, self.epsilon / self.unit, self.newest_within, self.recognised
-        )
+        self._choose()
         leads = (self.choice[which] == index).nonzero().squeeze(-1)
         if len(leads) == len(self.x):
             self.result = self.base_output + product.to(self.base_output.dtype)
             self.applied = self.choice
         elif len(leads):
             self._apply(index, leads if rows is None else rows[leads], product[leads])
+
+    def _choose(self) -> None:
+        """The choice among the memories whose scores are known; what an earlier chunk decided stays."""
+        known_scores = torch.where(self.known, self.scores, torch.full_like(self.scores, -math.inf))
+        sustained = None if self.sustained is None else self.sustained / self.loudness
+        choice = choose_memory(
+            known_scores / self.unit, self.epsilon / self.unit, self.newest_within, self.recognised, sustained
+        )
+        if self.earlier is not None and self.fixed is not None:
+            choice = torch.where(self.fixed, self.earlier.choice, choice)
+        self.choice = choice
 
     def _apply(self, index: int, rows: Tensor, product: Tensor) -> None:
         if self.result is self.base_output:
@@ -225,12 +237,10 @@ class _Prefill:
         return Route(self.choice, self.scores, self.epsilon, names, decided, self.known)
 
 
-def _score(x: Tensor, product: Tensor, base_output: Tensor, token_mask: Tensor | None, config: WiseConfig) -> Tensor:
+def _token_scores(x: Tensor, product: Tensor, base_output: Tensor, config: WiseConfig) -> Tensor:
     if config.relative_scores:
-        token_scores = relative_activation(product, x)
-    elif config.score_activation is None:
-        token_scores = product.norm(dim=-1)
-    else:
-        base = base_output.to(product.dtype)
-        token_scores = upstream_activation(base, base + product, config.score_activation)
-    return pool(token_scores.float(), token_mask, config.pooling)
+        return relative_activation(product, x)
+    if config.score_activation is None:
+        return product.norm(dim=-1)
+    base = base_output.to(product.dtype)
+    return upstream_activation(base, base + product, config.score_activation)
