@@ -27,7 +27,7 @@ _ROUNDING = 1e-3
 NEWEST_WITHIN = 0.75
 # And what it needs of the most that any competing memory sustains over so many tokens (docs/experiments.md).
 SUSTAINED_WITHIN = 0.7
-_SUSTAINED_TOKENS = 5
+_SUSTAINED_TOKENS = 8
 # Of the score of its weakest edit, what a memory takes a query for one of its own edits from.
 RECOGNISED_FROM = 0.97
 # How fast further memories grow stricter: a short stream can do with lax ones (docs/experiments.md).
@@ -114,7 +114,7 @@ def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = 
 
 
 def sustained_activation(token_scores: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """The mean of a sequence's five loudest tokens, or of all of a shorter one's: a few loud ones do not make it.
+    """The mean of a sequence's eight loudest tokens, or of all of a shorter one's: a few loud ones do not make it.
 
     Args:
         token_scores: shape (..., T), e.g. (B, T).

@@ -190,14 +190,14 @@ def test_a_memory_that_scores_as_on_its_own_edits_goes_before_a_newer_one_by_han
     assert choose_memory(torch.zeros(2, 0), torch.zeros(0), 0.75, torch.zeros(0)).tolist() == [MAIN_MEMORY] * 2
 
 
-def test_the_mean_of_five_loud_tokens_by_hand() -> None:
+def test_the_mean_of_eight_loud_tokens_by_hand() -> None:
     scores = torch.zeros(3, 20)
-    scores[:, 2], scores[:, 19] = 30.0, 10.0
+    scores[:, 2], scores[:, 19] = 32.0, 16.0
     real = torch.ones(3, 20, dtype=torch.bool)
     real[1, 3:19] = False
     real[2] = False
-    assert sustained_activation(scores, real).tolist() == [8.0, 10.0, 0.0]
-    assert sustained_activation(scores).tolist() == [8.0, 8.0, 8.0]
+    assert sustained_activation(scores, real).tolist() == [6.0, 12.0, 0.0]
+    assert sustained_activation(scores).tolist() == [6.0, 6.0, 6.0]
     assert sustained_activation(tensor([[1.0, 3.0]])).tolist() == [2.0]
 
 

@@ -40,7 +40,8 @@ class WiseConfig(PeftConfig):
         pooling: how a sequence's score is pooled over its tokens ("mean", "max", "last", "loudest").
         score_activation: None for Eq. 3; a name such as "silu" for EasyEdit's variant.
         relative_scores: the score of a token is divided by its activation's norm, and of several memories that exceed
-            their epsilon the newest answers that scores as on an edit of its own (``routing.choose_memory``).
+            their epsilon the newest answers that scores as on an edit of its own, on more than a few tokens
+            (``routing.choose_memory``).
         memories: the stage of each side memory, in order ("live", "shard", "merged"). Kept
             up to date by the layer, so that a saved adapter can be rebuilt before its weights load.
         save_dtype: what dW is rounded to in files ("float32", "bfloat16", "float16"); in a model it is fp32.
