@@ -48,6 +48,24 @@ def test_what_goes_on_from_one_another_is_inherited_in_order() -> None:
     assert inherited_by(requests_for(SHORT, LONG), elsewhere, 9) == [elsewhere[2]]  # LONG is overruled
 
 
+def test_an_edit_that_the_shard_overruled_is_not_inherited() -> None:
+    """SHORT was edited again in the open shard, which then takes an edit that goes on from it."""
+    elsewhere = held((SHORT, 0), ("The capital of", 0))
+    assert inherited_by(requests_for(LONG), elsewhere, 9) == elsewhere
+    assert inherited_by(requests_for(LONG), elsewhere, 9, requests_for(SHORT)) == elsewhere[1:]
+
+
+def test_a_stream_does_not_inherit_what_its_open_shard_overruled(
+    llama: Any, tok: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[HeldEdit]] = []
+    monkeypatch.setattr(task_maker, "inherited_by", lambda *given: seen.append(inherited_by(*given)) or seen[-1])
+    asked = asking((SHORT, "Rome"), (OTHER, "Ann"), (SHORT, "Oslo"), (LONG, "Bonn"))
+    apply_wise_to_model(llama, tok, asked, settings(**ON | {"save_freq": 2, "merge_freq": 2}))
+    assert seen
+    assert not any(seen)
+
+
 def test_of_one_prompt_the_latest_edit_is_inherited() -> None:
     elsewhere = held((LONG, 0), (LONG, 1))
     assert inherited_by(requests_for(SHORT), elsewhere, 9) == [elsewhere[1]]

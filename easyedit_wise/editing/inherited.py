@@ -55,20 +55,27 @@ class Inherited:
         return cls(tokens, F.linear(tokens, delta_weight), edit.prompt_mask[edit.answered.token_mask].bool())
 
 
-def inherited_by(requests: Sequence[EditRequest], elsewhere: Sequence[HeldEdit], count: int) -> list[HeldEdit]:
+def inherited_by(
+    requests: Sequence[EditRequest],
+    elsewhere: Sequence[HeldEdit],
+    count: int,
+    shard: Sequence[EditRequest] = (),
+) -> list[HeldEdit]:
     """Edits of other memories that one of these goes on from, or that go on from one of these.
 
     Args:
         requests: edits of one shard.
         elsewhere: edits of other memories, the earliest first.
         count: the latest of each request's, at most so many; of the same prompt the latest alone counts.
+        shard: what the shard holds already.
 
     Returns:
-        In the order of ``elsewhere``. None whose prompt is one of the requests': that one is overruled.
+        In the order of ``elsewhere``. None whose prompt is one of the requests' or the shard's: that one is overruled.
     """
     latest = {held.request.prompt: place for place, held in enumerate(elsewhere)}
     prompts = {request.prompt for request in requests}
     found: set[int] = set()
     for prompt in prompts:
         found.update(sorted(place for other, place in latest.items() if continued(prompt, other))[-count:])
-    return [elsewhere[place] for place in sorted(found) if elsewhere[place].request.prompt not in prompts]
+    overruled = prompts | {held.prompt for held in shard}
+    return [elsewhere[place] for place in sorted(found) if elsewhere[place].request.prompt not in overruled]

@@ -187,7 +187,7 @@ class EditStream:
         place, live = len(states) - 1, states[-1]
         shard = self._shard_so_far(place, live)
         own = self._tasks.own_irrelevant(requests)
-        task = self._tasks.task(requests, own, self._held_outside(place), shard, states)
+        task = self._tasks.task(requests, own, self._held_outside(place), shard, states, self._requests_in(place))
         recorded = plain_edits(task.contexts[0], own, self._recorder.keeps_base_output)
         with self._recorder.main_memory_only():
             if self.hparams.consolidation:

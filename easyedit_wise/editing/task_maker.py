@@ -56,6 +56,7 @@ class TaskMaker:
         elsewhere: Sequence[HeldEdit],
         shard: OpenShard,
         memories: Sequence[MemoryState] = (),
+        held: Sequence[EditRequest] = (),
     ) -> EditTask:
         """What some edits of one shard train on.
 
@@ -65,6 +66,7 @@ class TaskMaker:
             elsewhere: edits that other memories hold.
             shard: what is remembered of the shard's earlier edits.
             memories: all of them, as ``elsewhere`` counts them.
+            held: the shard's earlier edits.
         """
         outside = [held.request for held in elsewhere]
         size, n_groups = self._within_budget(requests)
@@ -83,7 +85,7 @@ class TaskMaker:
             irrelevant_of,
             about_others=others,
             related=self._related(requests, outside) if self.hparams.consolidation else None,
-            inherited=self._inherited(requests, elsewhere, memories) if self.hparams.consolidation else None,
+            inherited=self._inherited(requests, elsewhere, memories, held) if self.hparams.consolidation else None,
             scrambled=self._scrambled([one.prompt for one in requests]),
             scrambled_targets=self._scrambled([f" {one.target}" for one in requests]),
             base_weight=whole,
@@ -170,10 +172,14 @@ class TaskMaker:
         return ScoredInputs.stack(recorded) if recorded else None
 
     def _inherited(
-        self, requests: Sequence[EditRequest], elsewhere: Sequence[HeldEdit], memories: Sequence[MemoryState]
+        self,
+        requests: Sequence[EditRequest],
+        elsewhere: Sequence[HeldEdit],
+        memories: Sequence[MemoryState],
+        shard: Sequence[EditRequest] = (),
     ) -> Inherited | None:
         """What other memories say of their edits that one of these goes on from, or that go on from one of these."""
-        found = inherited_by(requests, elsewhere, _RELATED)
+        found = inherited_by(requests, elsewhere, _RELATED, shard)
         recorded = (edit for some in self._recorder.edits([held.request for held in found]) for edit in some)
         return Inherited.of(
             (edit, memories[held.memory].delta_weight) for edit, held in zip(recorded, found, strict=True)
