@@ -93,11 +93,7 @@ def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = 
     Raises:
         ValueError: an unknown pooling.
     """
-    if token_mask is None:
-        token_mask = torch.ones_like(token_scores, dtype=torch.bool)
-    mask = token_mask.to(dtype=torch.bool)
-    # Norms are non-negative, so zero is a neutral filling.
-    kept = torch.where(mask, token_scores, torch.zeros_like(token_scores))
+    kept, mask = _real_tokens(token_scores, token_mask)
     if pooling == "mean":
         return kept.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1)
     if pooling == "max":
@@ -123,12 +119,15 @@ def sustained_activation(token_scores: Tensor, token_mask: Tensor | None = None)
     Returns:
         Shape (...), e.g. (B,). A sequence without any real token has 0.
     """
-    if token_mask is None:
-        token_mask = torch.ones_like(token_scores, dtype=torch.bool)
-    mask = token_mask.to(dtype=torch.bool)
-    kept = torch.where(mask, token_scores, torch.zeros_like(token_scores))
+    kept, mask = _real_tokens(token_scores, token_mask)
     loudest = kept.topk(min(_SUSTAINED_TOKENS, kept.shape[-1]), dim=-1).values
     return loudest.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1, max=_SUSTAINED_TOKENS)
+
+
+def _real_tokens(token_scores: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(the scores with 0 at padding, which is neutral since norms are non-negative; where tokens are real, bool)."""
+    mask = torch.ones_like(token_scores, dtype=torch.bool) if token_mask is None else token_mask.to(dtype=torch.bool)
+    return torch.where(mask, token_scores, torch.zeros_like(token_scores)), mask
 
 
 def choose_memory(

@@ -68,7 +68,7 @@ class TaskMaker:
             memories: all of them, as ``elsewhere`` counts them.
             held: the shard's earlier edits.
         """
-        outside = [held.request for held in elsewhere]
+        outside = [one.request for one in elsewhere]
         size, n_groups = self._within_budget(requests)
         groups = list(zip(*(self._context_groups(request, size) for request in requests), strict=True))[:n_groups]
         endings = self._recorder.endings(requests) if self.hparams.ending else None
