@@ -52,6 +52,11 @@ class ConsolidationSettings:
     """What its prompt's tokens say, times this as well, beside the target's: a query is scored by its prompt alone, and
     what the target's tokens say is loud in any text that has one of them. 1: both alike."""
 
+    level_limit: float = 2.0
+    """dW of a memory is multiplied by the largest of .5, .65, .8, 1, 1.25, 1.5 and 2, up to this, at which its edits'
+    own answers hold: it decides how far an answer goes, not what is answered (``editing.level``). Goes with
+    ``consolidation``. 0: dW as solved."""
+
     def validate_consolidation(self) -> None:
         """Check these fields alone.
 
@@ -65,6 +70,11 @@ class ConsolidationSettings:
             raise ValueError(f"gain is {self.gain!r}: it must be a finite number over 0, such as 1.2.")
         if not is_number(self.prompt_gain) or not math.isfinite(self.prompt_gain) or self.prompt_gain < 1:
             raise ValueError(f"prompt_gain is {self.prompt_gain!r}: it must be a finite number >= 1, such as 1.25.")
+        if not is_number(self.level_limit) or not (self.level_limit == 0 or 0.5 <= self.level_limit < math.inf):
+            raise ValueError(
+                f"level_limit is {self.level_limit!r}: it must be 0, which switches it off, or a finite number >= 0.5, "
+                "such as 2."
+            )
         if not is_number(self.written) or not math.isfinite(self.written) or self.written < 0:
             raise ValueError(f"written is {self.written!r}: it must be a finite number of at least 0.")
         if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:

@@ -68,6 +68,7 @@ _PAPER: dict[str, Any] = {
     "written": 0.0,
     "gain": 1.0,
     "prompt_gain": 1.0,
+    "level_limit": 0.0,
     "varied_contexts": False,
     "n_contexts": 10,
     "context_length": 10,

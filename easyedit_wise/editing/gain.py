@@ -70,15 +70,18 @@ class Gains:
         return louder if self.prompt == 1.0 else louder.with_more(edit.prompt_share, self.edit * (self.prompt - 1.0))
 
 
-def equalised(gains: Sequence[float], scores: Sequence[float], gain: float) -> list[float]:
-    """The gains that would bring the scores up to their median, within [gain, 2 gain].
+def equalised(
+    gains: Sequence[float], scores: Sequence[float], gain: float, settled: Sequence[float] = ()
+) -> list[float]:
+    """The gains that would bring the scores up to the shard's median, within [gain, 2 gain].
 
     Args:
         gains: the present ones.
         scores: Delta_act of each edit's prompt with these.
         gain: of an edit at the median or above.
+        settled: Delta_act of edits of the shard whose gain is settled; they count in the median.
     """
-    level = median(scores)
+    level = median([*scores, *settled])
     return [
         min(max(own * level / score if score > 0 else gain, gain), _LOUDEST * gain)
         for own, score in zip(gains, scores, strict=True)
@@ -101,7 +104,11 @@ def heard(prompt_gains: Sequence[float], scores: Sequence[EditScores], least: fl
 
 @torch.no_grad()
 def write_amplified(
-    equations: NormalEquations, spoken: Sequence[SpokenEdit], delta_weight: Tensor, hparams: WISEHyperParams
+    equations: NormalEquations,
+    spoken: Sequence[SpokenEdit],
+    delta_weight: Tensor,
+    hparams: WISEHyperParams,
+    settled: Sequence[RecordedEdit] = (),
 ) -> list[Gains]:
     """Put the solution with the edits' gains into dW.
 
@@ -110,9 +117,10 @@ def write_amplified(
         spoken: the edits to amplify.
         delta_weight: dW, shape (d_out, d_in), changed in place.
         hparams: settings.
+        settled: other edits of the shard, such as were there when it was loaded, with whatever level they had then.
 
     Returns:
-        The gains of each edit.
+        The gains of each of ``spoken``.
 
     Raises:
         torch.linalg.LinAlgError: the problem is not finite.
@@ -129,6 +137,7 @@ def write_amplified(
             prompts = heard([gain.prompt for gain in gains], scores, hparams.prompt_gain)
             # Which scores the prompts will have with that.
             expected = [one.prompt * new / old.prompt for one, new, old in zip(scores, prompts, gains, strict=True)]
-            edits = equalised([gain.edit for gain in gains], expected, hparams.gain)
+            beside = [one.prompt for one in edit_scores(settled, delta_weight, hparams)]
+            edits = equalised([gain.edit for gain in gains], expected, hparams.gain, beside)
             gains = [Gains(edit, prompt) for edit, prompt in zip(edits, prompts, strict=True)]
     return gains

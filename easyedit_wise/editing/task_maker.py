@@ -135,6 +135,12 @@ class TaskMaker:
             equations = rebuilt(equations, some, live.delta_weight)
         return with_inherited(equations, self._inherited(held, others, memories), self.hparams)
 
+    def answered_by(self, shard: Sequence[EditRequest], elsewhere: Sequence[HeldEdit]) -> list[EditRequest]:
+        """What a shard shall answer, the latest last: other memories' edits that it inherited, and its own; of the same
+        prompt the latest alone."""
+        latest = {request.prompt: request for request in shard}
+        return [*(one.request for one in inherited_by(shard, elsewhere, _RELATED, shard)), *latest.values()]
+
     def _within_budget(self, requests: Sequence[EditRequest]) -> tuple[int | None, int | None]:
         """How many contexts of an edit ``context_tokens`` leaves a group, and how many groups; None: all.
 

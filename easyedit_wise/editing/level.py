@@ -1,0 +1,105 @@
+"""How loudly a memory answers: the largest multiple of its dW that its edits bear.
+
+Delta_act and epsilon scale with dW, so a memory's level decides nothing about what it answers to, only how far its
+answer goes. The more, the better another wording is answered, which gets only a share of what the edit's own prompt
+gets. But what is said at each of several target tokens adds up, and too loud an answer says one token again and again.
+Where that begins is different from memory to memory, so each is asked for its own edits. Not in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..hparams import WISEHyperParams
+from .open_shard import WATCHED
+from .recorder import PromptRecorder
+from .requests import EditRequest, encode_pair
+from .task import RecordedContexts, target_positions
+
+LEVELS = (0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 2.0)
+# An edit's loss counts up to here, in nats a token: one that is lost at every level has no say.
+_LOST = 1.0
+# What the edits may lose for a louder answer, in the mean, in nats a token.
+_SLACK = 0.005
+# Tokens of a forward, where the settings have no limit of their own.
+_TOKENS = 256
+
+
+def loudest_bearable(losses: Tensor, levels: Sequence[float]) -> float:
+    """The largest level at which the edits' mean loss is within .005 nats of its minimum over the levels.
+
+    Args:
+        losses: mean of -log p over the target's tokens, shape (L, E); each counts up to 1 nat.
+        levels: L of them, ascending.
+
+    Raises:
+        ValueError: there is no level, or no edit.
+    """
+    if not losses.numel():
+        raise ValueError(f"losses have the shape {tuple(losses.shape)}: give at least one level and one edit.")
+    mean = losses.nan_to_num(nan=_LOST).clamp(max=_LOST).mean(dim=1)
+    return levels[int((mean <= mean.min() + _SLACK).nonzero().max())]
+
+
+@torch.no_grad()
+def level_losses(
+    contexts: RecordedContexts, delta_weight: Tensor, levels: Sequence[float], hparams: WISEHyperParams
+) -> Tensor:
+    """Mean of -log p of each edit's target behind its plain prompt, with each multiple of dW, shape (L, E).
+
+    Args:
+        contexts: one row an edit, recorded.
+        delta_weight: dW, shape (d_out, d_in).
+        levels: L multiples.
+        hparams: settings.
+    """
+    product = F.linear(contexts.activations.to(delta_weight), delta_weight)
+    positions, targets, _ = target_positions(contexts.batch, hparams)
+    rows = positions[0]
+    counts = torch.bincount(rows, minlength=len(contexts.batch.input_ids)).clamp(min=1)
+    losses = []
+    for level in levels:
+        each = F.cross_entropy(contexts.logits(level * product, positions).float(), targets, reduction="none")
+        losses.append(each.new_zeros(len(counts)).index_add_(0, rows, each) / counts)
+    return torch.stack(losses)
+
+
+def bearable_level(
+    recorder: PromptRecorder, requests: Sequence[EditRequest], delta_weight: Tensor, limit: float
+) -> float:
+    """What dW is to be multiplied by, of :data:`LEVELS` up to ``limit``: see :func:`loudest_bearable`.
+
+    The edits are recorded anew from their texts, so that nothing has to be kept for it; of very many the latest 16.
+
+    Args:
+        recorder: records them at the layer.
+        requests: the memory's edits, and what else it shall answer.
+        delta_weight: dW as solved, shape (d_out, d_in).
+        limit: the largest level.
+    """
+    hparams = recorder.hparams
+    levels = [level for level in LEVELS if level <= limit]
+    losses = []
+    for some in _within(recorder, requests[-WATCHED:]):
+        contexts = recorder.contexts([[request.prompt] for request in some], some)
+        losses.append(level_losses(contexts, delta_weight, levels, hparams))
+    return loudest_bearable(torch.cat(losses, dim=1), levels)
+
+
+def _within(recorder: PromptRecorder, requests: Sequence[EditRequest]) -> Iterator[list[EditRequest]]:
+    """Some at a time, as many tokens as an iteration of training has: the logits of long targets take much memory."""
+    budget = (recorder.hparams.context_tokens or 4 * _TOKENS) // 4
+    some: list[EditRequest] = []
+    longest = 0
+    for request in requests:
+        length = len(encode_pair(recorder.tok, recorder.rendered(request.prompt), request.target)[0])
+        if some and (len(some) + 1) * max(longest, length) > budget:
+            yield some
+            some, longest = [], 0
+        some.append(request)
+        longest = max(longest, length)
+    yield some
