@@ -196,9 +196,8 @@ def write_solution(shard: OpenShard, delta_weight: Tensor, hparams: WISEHyperPar
     if shard.equations is None:
         raise ValueError("the shard has no least-squares problem: it was begun without consolidation.")
     equations, spoken = shard.equations, shard.spoken
-    settled = [edit for edit in shard.watched if not any(edit is one.recorded for one in spoken)]
     try:
-        gains = write_amplified(equations, spoken, delta_weight, hparams, settled)
+        gains = write_amplified(equations, spoken, delta_weight, hparams, shard.settled)
         finite = bool(torch.isfinite(delta_weight).all())
     except torch.linalg.LinAlgError:  # what is not finite has no Cholesky factor
         finite = False

@@ -55,6 +55,15 @@ class OpenShard:
         """What the next edit should leave alone."""
         return None if self.sketch is None else Rehearsed(self.sketch, self.n_tokens)
 
+    @property
+    def settled(self) -> list[RecordedEdit]:
+        """The watched edits whose gain is settled: that it was loaded with, or that its problem has for long."""
+        spoken = [one.recorded.answered.activations for one in self.spoken]
+        # Compared by content: a shard that was put back from a journal has its own copies of either.
+        return [
+            edit for edit in self.watched if not any(torch.equal(edit.answered.activations, one) for one in spoken)
+        ]
+
     def joined(
         self, edits: Sequence[RecordedEdit], delta_weight: Tensor, hparams: WISEHyperParams
     ) -> tuple[OpenShard, list[EditScores]]:
