@@ -60,9 +60,7 @@ class OpenShard:
         """The watched edits whose gain is settled: that it was loaded with, or that its problem has for long."""
         spoken = [one.recorded.answered.activations for one in self.spoken]
         # Compared by content: a shard that was put back from a journal has its own copies of either.
-        return [
-            edit for edit in self.watched if not any(torch.equal(edit.answered.activations, one) for one in spoken)
-        ]
+        return [edit for edit in self.watched if not any(torch.equal(edit.answered.activations, one) for one in spoken)]
 
     def joined(
         self, edits: Sequence[RecordedEdit], delta_weight: Tensor, hparams: WISEHyperParams
