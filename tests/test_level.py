@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from test_consolidated import ON, about
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model
-from easyedit_wise.editing import stream as stream_module
+from easyedit_wise.editing import level as level_module
 from easyedit_wise.editing.held import HeldEdit
 from easyedit_wise.editing.level import LEVELS, bearable_level, level_losses, loudest_bearable
 from easyedit_wise.editing.recorded import edit_scores
 from easyedit_wise.editing.requests import EditRequest
 from easyedit_wise.persistence import load_edits, save_edits
 
-LEVELLED: dict[str, Any] = {**ON, "level_limit": 2.0}
+LEVELLED: dict[str, Any] = {**ON, "level_limit": 2.0, "norm_constraint": None}
 
 
 def test_the_loudest_level_that_the_edits_bear_by_hand() -> None:
@@ -87,7 +87,7 @@ def test_a_level_scales_scores_and_thresholds_alike(llama: Any, tok: Any, monkey
     """It decides how far an answer goes, and nothing about what is answered; nor does it add up from edit to edit."""
     found = []
     for level in (1.0, 2.0):
-        monkeypatch.setattr(stream_module, "bearable_level", lambda *_, level=level: level)
+        monkeypatch.setattr(level_module, "bearable_level", lambda *_, level=level: level)
         model, restore = apply_wise_to_model(llama, tok, about(3), settings(**LEVELLED))
         (state,) = only_layer(model).memories("default")
         found.append((state.delta_weight.clone(), state.epsilon, state.weakest_edit))
@@ -99,11 +99,22 @@ def test_a_level_scales_scores_and_thresholds_alike(llama: Any, tok: Any, monkey
 def test_a_level_is_one_of_those_up_to_the_limit(llama: Any, tok: Any) -> None:
     scale = {}
     for limit in (0.0, 0.5, 2.0):
-        model, restore = apply_wise_to_model(llama, tok, about(2), settings(**ON | {"level_limit": limit}))
+        model, restore = apply_wise_to_model(llama, tok, about(2), settings(**LEVELLED | {"level_limit": limit}))
         scale[limit] = float(only_layer(model).memories("default")[0].delta_weight.norm())
         restore()
     assert scale[0.5] == pytest.approx(0.5 * scale[0.0], rel=1e-4)
     assert any(scale[2.0] == pytest.approx(level * scale[0.0], rel=1e-4) for level in LEVELS)
+
+
+def test_a_level_keeps_to_the_norm_constraint(llama: Any, tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(level_module, "bearable_level", lambda *_: 2.0)
+    largest = {}
+    for limit in (None, 0.01):
+        model, restore = apply_wise_to_model(llama, tok, about(2), settings(**LEVELLED | {"norm_constraint": limit}))
+        largest[limit] = float(only_layer(model).memories("default")[0].delta_weight.abs().max())
+        restore()
+    assert largest[None] > 0.01
+    assert largest[0.01] == pytest.approx(0.01)
 
 
 def test_what_a_shard_answers_are_the_latest_edits_and_what_it_inherited(llama: Any, tok: Any) -> None:

@@ -46,6 +46,23 @@ def loudest_bearable(losses: Tensor, levels: Sequence[float]) -> float:
 
 
 @torch.no_grad()
+def write_level(recorder: PromptRecorder, requests: Sequence[EditRequest], delta_weight: Tensor) -> None:
+    """Multiply dW, shape (d_out, d_in), in place by :func:`bearable_level`, entries clamped to ``norm_constraint``.
+
+    Args:
+        recorder: records the edits at the layer, with the present settings.
+        requests: the memory's edits, and what else it shall answer.
+        delta_weight: as solved.
+    """
+    hparams = recorder.hparams
+    if not hparams.level_limit:
+        return
+    delta_weight.mul_(bearable_level(recorder, requests, delta_weight, hparams.level_limit))
+    if hparams.norm_constraint is not None:
+        delta_weight.clamp_(-hparams.norm_constraint, hparams.norm_constraint)
+
+
+@torch.no_grad()
 def level_losses(
     contexts: RecordedContexts, delta_weight: Tensor, levels: Sequence[float], hparams: WISEHyperParams
 ) -> Tensor:

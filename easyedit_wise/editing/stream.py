@@ -20,7 +20,7 @@ from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, MemoryState
 from .consolidated import train_into, with_elsewhere
 from .held import CommitSink, Committed, HeldEdit, Snapshot
-from .level import bearable_level
+from .level import write_level
 from .open_shard import OpenShard, threshold
 from .recorded import EditScores, RecordedEdit, edit_scores
 from .recorder import PromptRecorder, plain_edits
@@ -195,11 +195,8 @@ class EditStream:
                 shard, outcome = self._consolidate(
                     task, recorded, shard, place, live, self._label(requests), on_iteration
                 )
-                if self.hparams.level_limit:
-                    answers = self._tasks.answered_by([*self._requests_in(place), *requests], self._held_outside(place))
-                    live.delta_weight.mul_(
-                        bearable_level(self._recorder, answers, live.delta_weight, self.hparams.level_limit)
-                    )
+                answers = self._tasks.answered_by([*self._requests_in(place), *requests], self._held_outside(place))
+                write_level(self._recorder, answers, live.delta_weight)
             else:
                 outcome = self._train(task, live, self._label(requests), on_iteration)
                 self._elsewhere = None  # it would lack these edits
