@@ -144,6 +144,9 @@ def test_an_iteration_has_a_quarter_of_the_tokens(llama: Any, tok: Any, limit: i
         ({"prompt_gain": 0.9}, "prompt_gain is 0.9.*>= 1"),
         ({"prompt_gain": float("inf")}, "prompt_gain is inf.*finite"),
         ({"prompt_gain": "loud"}, "prompt_gain is 'loud'"),
+        ({"level_limit": 0.4}, "level_limit is 0.4.*>= 0.5"),
+        ({"level_limit": float("inf")}, "level_limit is inf.*finite"),
+        ({"level_limit": "loud"}, "level_limit is 'loud'"),
     ],
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:

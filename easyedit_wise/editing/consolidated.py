@@ -178,6 +178,12 @@ def with_trained(
     return equations, [SpokenEdit(*one) for one in zip(recorded, shares, prompts, strict=True)]
 
 
+def keep_to_norm_constraint(delta_weight: Tensor, hparams: WISEHyperParams) -> None:
+    """Clamp the entries of dW, in place, to the limit that the settings have, if any."""
+    if hparams.norm_constraint is not None:
+        delta_weight.clamp_(-hparams.norm_constraint, hparams.norm_constraint)
+
+
 def write_solution(shard: OpenShard, delta_weight: Tensor, hparams: WISEHyperParams) -> OpenShard:
     """Solve a shard's problem into dW, entries clamped to ``norm_constraint``.
 
@@ -206,8 +212,7 @@ def write_solution(shard: OpenShard, delta_weight: Tensor, hparams: WISEHyperPar
             "what the last edit was trained to overflows the shard's least-squares problem: the edit was taken back "
             "and earlier edits are as they were. Lower edit_lr."
         )
-    if hparams.norm_constraint is not None:
-        delta_weight.clamp_(-hparams.norm_constraint, hparams.norm_constraint)
+    keep_to_norm_constraint(delta_weight, hparams)
     n_settled = max(0, len(spoken) - WATCHED)
     for edit, gain in zip(spoken[:n_settled], gains[:n_settled], strict=True):
         equations = gain.applied(equations, edit)

@@ -81,9 +81,9 @@ def equalised(
         gain: of an edit at the median or above.
         settled: Delta_act of edits of the shard whose gain is settled; they count in the median.
     """
-    level = median([*scores, *settled])
+    middle = median([*scores, *settled])
     return [
-        min(max(own * level / score if score > 0 else gain, gain), _LOUDEST * gain)
+        min(max(own * middle / score if score > 0 else gain, gain), _LOUDEST * gain)
         for own, score in zip(gains, scores, strict=True)
     ]
 

@@ -15,18 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..hparams import WISEHyperParams
+from .consolidated import keep_to_norm_constraint
 from .open_shard import WATCHED
 from .recorder import PromptRecorder
 from .requests import EditRequest, encode_pair
 from .task import RecordedContexts, target_positions
+from .task_maker import STEP_SHARE
 
 LEVELS = (0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 2.0)
 # An edit's loss counts up to here, in nats a token: one that is lost at every level has no say.
 _LOST = 1.0
 # What the edits may lose for a louder answer, in the mean, in nats a token.
 _SLACK = 0.005
-# Tokens of a forward, where the settings have no limit of their own.
-_TOKENS = 256
+# `context_tokens` where the settings have no limit.
+_CONTEXT_TOKENS = 1024
 
 
 def loudest_bearable(losses: Tensor, levels: Sequence[float]) -> float:
@@ -54,19 +56,15 @@ def write_level(recorder: PromptRecorder, requests: Sequence[EditRequest], delta
         requests: the memory's edits, and what else it shall answer.
         delta_weight: as solved.
     """
-    hparams = recorder.hparams
-    if not hparams.level_limit:
-        return
-    delta_weight.mul_(bearable_level(recorder, requests, delta_weight, hparams.level_limit))
-    if hparams.norm_constraint is not None:
-        delta_weight.clamp_(-hparams.norm_constraint, hparams.norm_constraint)
+    delta_weight.mul_(bearable_level(recorder, requests, delta_weight, recorder.hparams.level_limit))
+    keep_to_norm_constraint(delta_weight, recorder.hparams)
 
 
 @torch.no_grad()
 def level_losses(
     contexts: RecordedContexts, delta_weight: Tensor, levels: Sequence[float], hparams: WISEHyperParams
 ) -> Tensor:
-    """Mean of -log p of each edit's target behind its plain prompt, with each multiple of dW, shape (L, E).
+    """Mean of -log p of each edit's supervised tokens, by its plain prompt, with each multiple of dW, shape (L, E).
 
     Args:
         contexts: one row an edit, recorded.
@@ -109,7 +107,7 @@ def bearable_level(
 
 def _within(recorder: PromptRecorder, requests: Sequence[EditRequest]) -> Iterator[list[EditRequest]]:
     """Some at a time, as many tokens as an iteration of training has: the logits of long targets take much memory."""
-    budget = (recorder.hparams.context_tokens or 4 * _TOKENS) // 4
+    budget = (recorder.hparams.context_tokens or _CONTEXT_TOKENS) // STEP_SHARE
     some: list[EditRequest] = []
     longest = 0
     for request in requests:

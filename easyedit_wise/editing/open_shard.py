@@ -57,7 +57,7 @@ class OpenShard:
 
     @property
     def settled(self) -> list[RecordedEdit]:
-        """The watched edits whose gain is settled: that it was loaded with, or that its problem has for long."""
+        """The watched edits that are not spoken any more: of before a load, or before the last :data:`WATCHED`."""
         spoken = [one.recorded.answered.activations for one in self.spoken]
         # Compared by content: a shard that was put back from a journal has its own copies of either.
         return [edit for edit in self.watched if not any(torch.equal(edit.answered.activations, one) for one in spoken)]

@@ -192,11 +192,7 @@ class EditStream:
         recorded = plain_edits(task.contexts[0], own, self._recorder.keeps_base_output)
         with self._recorder.main_memory_only():
             if self.hparams.consolidation:
-                shard, outcome = self._consolidate(
-                    task, recorded, shard, place, live, self._label(requests), on_iteration
-                )
-                answers = self._tasks.answered_by([*self._requests_in(place), *requests], self._held_outside(place))
-                write_level(self._recorder, answers, live.delta_weight)
+                shard, outcome = self._consolidate(task, recorded, shard, place, live, requests, on_iteration)
             else:
                 outcome = self._train(task, live, self._label(requests), on_iteration)
                 self._elsewhere = None  # it would lack these edits
@@ -241,12 +237,12 @@ class EditStream:
         shard: OpenShard,
         place: int,
         live: MemoryState,
-        label: str,
+        requests: Sequence[EditRequest],
         on_iteration: Callable[[int, float], None] | None,
     ) -> tuple[OpenShard, EditOutcome]:
-        """Train, and solve for dW with all edits of the shard."""
+        """Train, and solve for dW with all edits of the shard, as loudly as they bear."""
+        held, outside = self._requests_in(place), self._held_outside(place)
         if shard.equations is None:
-            held, outside = self._requests_in(place), self._held_outside(place)
             if self._elsewhere is None and outside:
                 self._elsewhere = self._tasks.elsewhere([one.request for one in outside])
             memories = self.layer.memories(self.adapter_name)
@@ -255,7 +251,11 @@ class EditStream:
             for some in self._recorder.edits(held):
                 self._elsewhere = with_elsewhere(self._elsewhere, some)
         step = self.hparams.edit_lr * (self._recorder.units().output_norm if self.hparams.layer_units else 1.0)
-        shard, outcome = train_into(live.delta_weight, shard, task, recorded, self.hparams, step, label, on_iteration)
+        shard, outcome = train_into(
+            live.delta_weight, shard, task, recorded, self.hparams, step, self._label(requests), on_iteration
+        )
+        if self.hparams.level_limit:
+            write_level(self._recorder, self._tasks.answered_by([*held, *requests], outside), live.delta_weight)
         self._elsewhere = with_elsewhere(self._elsewhere, recorded)
         return shard, outcome
 

@@ -25,7 +25,7 @@ from .whole_matrix import base_weight
 
 _PAST_EDITS_REPLAYED = 8
 # The share of `context_tokens` that one iteration may have.
-_STEP_SHARE = 4
+STEP_SHARE = 4
 # Edits of other memories about the same subject that one is quiet on by name.
 _RELATED = 16
 # Edits whose activations are recorded anew to be quiet on them: after loading only.
@@ -136,8 +136,7 @@ class TaskMaker:
         return with_inherited(equations, self._inherited(held, others, memories), self.hparams)
 
     def answered_by(self, shard: Sequence[EditRequest], elsewhere: Sequence[HeldEdit]) -> list[EditRequest]:
-        """What a shard shall answer, the latest last: other memories' edits that it inherited, and its own; of the same
-        prompt the latest alone."""
+        """What a shard shall answer: other memories' edits that it inherited, and its own; of one prompt the latest."""
         latest = {request.prompt: request for request in shard}
         return [*(one.request for one in inherited_by(shard, elsewhere, _RELATED, shard)), *latest.values()]
 
@@ -151,7 +150,7 @@ class TaskMaker:
             return size, None
         pairs = [encode_pair(self._recorder.tok, self._recorder.rendered(one.prompt), one.target) for one in requests]
         length = max(len(tokens) for tokens, _ in pairs)
-        affordable = max(2, budget // _STEP_SHARE // length)
+        affordable = max(2, budget // STEP_SHARE // length)
         size = affordable if size is None else min(size, affordable)
         return size, max(1, budget // (length * size))
 
