@@ -15,9 +15,11 @@ from test_consolidated import ON, about
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model
 from easyedit_wise.editing.stream import EditStream
-from easyedit_wise.journal import recording
+from easyedit_wise.hparams import WISEHyperParams
+from easyedit_wise.journal import recording, restoring
 from easyedit_wise.journal.calls import resume, unfinished
 from easyedit_wise.journal.database import JournalError, JournalInUseError
+from easyedit_wise.journal.entries import CallEntry
 from easyedit_wise.journal.forgetting import forget, plan_of
 from easyedit_wise.journal.journal import Journal
 from easyedit_wise.journal.restoring import attached
@@ -312,3 +314,13 @@ def test_a_first_call_that_was_taken_back_leaves_an_empty_journal(llama: Any, to
     with Journal(tmp_path) as journal:
         assert [edit.id for edit in journal.edits()] == [3]
     closed(llama)
+
+
+def test_a_journal_of_before_a_setting_is_made_again_as_it_was_made() -> None:
+    """Its calls name all settings that there were: what they lack did nothing then, whatever its default is now."""
+    defaults = WISEHyperParams(inner_params=["model.layers.0.mlp.down_proj.weight"]).to_dict()
+    recorded = {key: value for key, value in defaults.items() if key not in ("prompt_gain", "level_limit")}
+    found = restoring._settings(CallEntry("2026-11-25", recorded, [], 1))
+    assert (found.prompt_gain, found.level_limit) == (1.0, 0.0)
+    named = restoring._settings(CallEntry("2026-11-27", {**recorded, "prompt_gain": 1.5, "level_limit": 0.5}, [], 1))
+    assert (named.prompt_gain, named.level_limit) == (1.5, 0.5)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -41,6 +42,9 @@ from .writing import JournalWriter
 LOG = logging.getLogger(__name__)
 
 OnEdit = Callable[[int, EditRequest, EditOutcome], object]
+
+# A call names all settings that there were: what these, which came later, are where nothing is done.
+_AS_BEFORE: Mapping[str, Any] = MappingProxyType({"prompt_gain": 1.0, "level_limit": 0.0})
 
 
 def attached(
@@ -292,4 +296,4 @@ def sink_of(journal: JournalWriter, state_at: int, line: int = STREAM, n_kept: i
 
 
 def _settings(call: CallEntry) -> WISEHyperParams:
-    return WISEHyperParams.from_dict(call.settings)
+    return WISEHyperParams.from_dict({**_AS_BEFORE, **call.settings})
