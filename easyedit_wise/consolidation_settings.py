@@ -31,8 +31,8 @@ class ConsolidationSettings:
     other_subjects: int = 8
     """Irrelevant prompts of ``consolidation`` that are the edit's own with another subject in its place."""
     scrambled: int = 8
-    """Irrelevant prompts of ``consolidation`` that are tokens of the edit's own, out of order among others: so many of
-    its prompt, so that no piece of a rare name activates the memory by itself, and so many of its target."""
+    """Irrelevant prompts of ``consolidation`` that are tokens of the edit's target, out of order among others: a memory
+    that answers with a year is else active wherever a digit stands."""
     written: float = 2000.0
     """What text at large, written by the model itself, counts as in ``consolidation``, in tokens per 1000 columns like
     that; 0: none is written."""
@@ -52,9 +52,9 @@ class ConsolidationSettings:
     """What its prompt's tokens say, times this as well, beside the target's: a query is scored by its prompt alone, and
     what the target's tokens say is loud in any text that has one of them. 1: both alike."""
 
-    level_limit: float = 2.0
-    """dW of a memory is multiplied by the largest of .5, .65, .8, 1, 1.25, 1.5 and 2, up to this, at which its edits'
-    own answers hold: it decides how far an answer goes, not what is answered (``editing.level``). Goes with
+    level_limit: float = 3.0
+    """dW of a memory is multiplied by the largest of .5, .65, .8, 1, 1.25, 1.5, 2 and 3, up to this, at which its own
+    edits' answers hold: it decides how far an answer goes, not what is answered (``editing.level``). Goes with
     ``consolidation``. 0: dW as solved."""
 
     def validate_consolidation(self) -> None:
@@ -73,7 +73,7 @@ class ConsolidationSettings:
         if not is_number(self.level_limit) or not (self.level_limit == 0 or 0.5 <= self.level_limit < math.inf):
             raise ValueError(
                 f"level_limit is {self.level_limit!r}: it must be 0, which switches it off, or a finite number >= 0.5, "
-                "such as 2."
+                "such as 3."
             )
         if not is_number(self.written) or not math.isfinite(self.written) or self.written < 0:
             raise ValueError(f"written is {self.written!r}: it must be a finite number of at least 0.")

@@ -21,11 +21,11 @@ from easyedit_wise.editing.recorded import edit_scores
 from easyedit_wise.editing.requests import EditRequest
 from easyedit_wise.persistence import load_edits, save_edits
 
-LEVELLED: dict[str, Any] = {**ON, "level_limit": 2.0, "norm_constraint": None}
+LEVELLED: dict[str, Any] = {**ON, "level_limit": 3.0, "norm_constraint": None}
 
 
 def test_the_loudest_level_that_the_edits_bear_by_hand() -> None:
-    losses = torch.tensor([[0.30, 0.20], [0.00, 0.010], [0.00, 0.018], [0.00, 0.50]])  # means .25, .005, .009, .25
+    losses = torch.tensor([[0.30, 0.20], [0.00, 0.0100], [0.00, 0.0118], [0.00, 0.50]])  # means .25, .0050, .0059, .25
     assert loudest_bearable(losses, (0.5, 1.0, 1.5, 2.0)) == 1.5
     # One that is lost at every level has no say, whatever its loss.
     lost = torch.tensor([[1.5], [3.0], [9.0], [40.0]])

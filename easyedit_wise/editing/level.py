@@ -22,17 +22,17 @@ from .requests import EditRequest, encode_pair
 from .task import RecordedContexts, target_positions
 from .task_maker import STEP_SHARE
 
-LEVELS = (0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 2.0)
+LEVELS = (0.5, 0.65, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0)
 # An edit's loss counts up to here, in nats a token: one that is lost at every level has no say.
 _LOST = 1.0
 # What the edits may lose for a louder answer, in the mean, in nats a token.
-_SLACK = 0.005
+_SLACK = 0.001
 # `context_tokens` where the settings have no limit.
 _CONTEXT_TOKENS = 1024
 
 
 def loudest_bearable(losses: Tensor, levels: Sequence[float]) -> float:
-    """The largest level at which the edits' mean loss is within .005 nats of its minimum over the levels.
+    """The largest level at which the edits' mean loss is within .001 nats of its minimum over the levels.
 
     Args:
         losses: mean of -log p over the target's tokens, shape (L, E); each counts up to 1 nat.
