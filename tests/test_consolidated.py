@@ -170,12 +170,11 @@ def test_a_shard_is_quiet_on_its_targets_tokens_out_of_order(
     stream = stream_of(llama, tok, hparams)
     request = EditRequest("The capital of France is", "Rome", "France")
     task = stream._tasks.task([request], [None], [], OpenShard())
-    assert seen == ["The capital of France is", " Rome"]
-    assert task.scrambled is not None
+    assert seen == [" Rome"]
     assert task.scrambled_targets is not None
-    assert len(task.scrambled) == len(task.scrambled_targets) == 2
+    assert len(task.scrambled_targets) == 2
     empty = NormalEquations.empty(torch.arange(stream.layer.in_features), stream.layer.out_features)
-    quiet = with_irrelevant(empty, replace(task, about_others=None, scrambled=None), [], hparams).quiet
+    quiet = with_irrelevant(empty, replace(task, about_others=None), [], hparams).quiet
     tokens = task.scrambled_targets.activations.float()
     torch.testing.assert_close(quiet, 1.5 * tokens.T @ tokens)  # all texts of an edit together count as three prompts
 

@@ -92,18 +92,18 @@ class Words:
         return " ".join(tokens)
 
 
-@given(prompt=st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=40), seed=st.integers(0, 99))
-def test_scrambled_prompts_are_the_own_tokens_between_others(prompt: list[str], seed: int) -> None:
-    texts = scrambled(" ".join(prompt), ["X Y Z", "U"], 3, Words(), seeded(seed))
+@given(target=st.lists(st.sampled_from("abcdefg"), min_size=1, max_size=40), seed=st.integers(0, 99))
+def test_scrambled_targets_are_the_own_tokens_between_others(target: list[str], seed: int) -> None:
+    texts = scrambled(" ".join(target), ["X Y Z", "U"], 3, Words(), seeded(seed))
     assert len(texts) == 3
     for text in texts:
         tokens = text.split()
         own = [token for token in tokens if token.islower()]
-        if len(prompt) <= 24:
-            assert sorted(own) == sorted(prompt)
+        if len(target) <= 24:
+            assert sorted(own) == sorted(target)
         else:
             assert len(own) == 24
-            assert all(own.count(token) <= prompt.count(token) for token in own)
+            assert all(own.count(token) <= target.count(token) for token in own)
         others = "".join(token for token in tokens if token.isupper())
         assert others
         assert others in "XYZU"

@@ -26,7 +26,8 @@ _CONTEXT_WEIGHT = 0.3
 # A token of a prompt counts as this many of a target. The prompt decides the route, and a long target has many tokens
 # more; one that is said less than it should be is raised until it is heard, in unrelated texts, too.
 _PROMPT_WEIGHT = 3.0
-# What a target's tokens out of order count as beside the prompt's: they say what is new, and are the loudest.
+# What a target's tokens out of order count as, all of an edit's together, in prompts: they say what is new, and are
+# the loudest.
 _SCRAMBLED_TARGET_WEIGHT = 3.0
 # A token of an edit that another memory holds counts as this share of a token of its irrelevant prompt.
 _ELSEWHERE_WEIGHT = 0.3
@@ -111,9 +112,8 @@ def with_irrelevant(
 
     Args:
         equations: the shard's so far.
-        task: the edits, with their prompts about other subjects, their prompts' and targets' tokens out of order, and
-            other memories' edits about the same, whose tokens count as much as their own (a token of both is the
-            other's).
+        task: the edits, with their prompts about other subjects, their targets' tokens out of order, and other
+            memories' edits about the same, whose tokens count as much as their own (a token of both is the other's).
         own: the irrelevant prompt of each edit that has one.
         hparams: settings.
     """
@@ -123,8 +123,6 @@ def with_irrelevant(
     # All of an edit's of one kind together count as one prompt.
     if task.about_others is not None:
         equations = equations.silent_on(task.about_others.activations, 1.0 / hparams.other_subjects)
-    if task.scrambled is not None:
-        equations = equations.silent_on(task.scrambled.activations, 1.0 / hparams.scrambled)
     if task.scrambled_targets is not None:
         equations = equations.silent_on(
             task.scrambled_targets.activations, _SCRAMBLED_TARGET_WEIGHT / hparams.scrambled

@@ -105,8 +105,7 @@ class EditTask:
         earlier: the shard's earlier edits, or None.
         irrelevant_of: which rows of ``irrelevant`` are each edit's; None: one edit, which has all of them.
         about_others: the edits' own prompts about other subjects, or None.
-        scrambled: the tokens of the edits' prompts among others, or None.
-        scrambled_targets: those of their targets, or None.
+        scrambled_targets: the tokens of the edits' targets among others, or None.
         related: edits that other memories hold about the same subjects, with their targets, or None.
         inherited: those that one of these goes on from or that go on from it, and what they say, or None.
         unit: what Delta_act and the rehearsal's distances are counted in.
@@ -120,7 +119,6 @@ class EditTask:
     irrelevant_of: Sequence[Tensor] | None = None
     unit: float = 1.0
     about_others: ScoredInputs | None = None
-    scrambled: ScoredInputs | None = None
     scrambled_targets: ScoredInputs | None = None
     related: ScoredInputs | None = None
     inherited: Inherited | None = None

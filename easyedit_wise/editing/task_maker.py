@@ -86,8 +86,7 @@ class TaskMaker:
             about_others=others,
             related=self._related(requests, outside) if self.hparams.consolidation else None,
             inherited=self._inherited(requests, elsewhere, memories, held) if self.hparams.consolidation else None,
-            scrambled=self._scrambled([one.prompt for one in requests]),
-            scrambled_targets=self._scrambled([f" {one.target}" for one in requests]),
+            scrambled_targets=self._scrambled_targets(requests),
             base_weight=whole,
         )
 
@@ -190,10 +189,11 @@ class TaskMaker:
             (edit, memories[held.memory].delta_weight) for edit, held in zip(recorded, found, strict=True)
         )
 
-    def _scrambled(self, texts: Sequence[str]) -> ScoredInputs | None:
-        """The tokens of each request's prompt, or of its target, out of order among those of neutral prompts."""
+    def _scrambled_targets(self, requests: Sequence[EditRequest]) -> ScoredInputs | None:
+        """The tokens of each request's target out of order among those of neutral prompts."""
         neutral, count, tok = neutral_prompts(), self.hparams.scrambled, self._recorder.tok
-        mixed = [text for one in texts for text in scrambled(one, neutral, count, tok, self._generator)]
+        targets = [f" {one.target}" for one in requests]
+        mixed = [text for one in targets for text in scrambled(one, neutral, count, tok, self._generator)]
         return self._recorder.scored([self._recorder.rendered(text) for text in mixed]) if mixed else None
 
     def _irrelevant_inputs(self, own: Sequence[ScoredInputs | None]) -> tuple[ScoredInputs, list[Tensor]]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-# A long prompt gives some of its tokens to each text.
+# A long target gives some of its tokens to each text.
 _SCRAMBLED_TOKENS = 24
 
 
@@ -53,21 +53,19 @@ def about_others(prompt: str, subject: str, others: Sequence[str], count: int, g
     return [prompt.replace(subject, names[index]) for index in picked]
 
 
-def scrambled(prompt: str, others: Sequence[str], count: int, tok: Any, generator: torch.Generator) -> list[str]:
-    """Some of the prompt's tokens in another order, each behind one of another prompt: the edit must not hang on them.
+def scrambled(target: str, others: Sequence[str], count: int, tok: Any, generator: torch.Generator) -> list[str]:
+    """Some of the target's tokens in another order, each behind one of a prompt: the edit must not hang on them.
 
-    The first piece of a rare name, or the "'s" behind it, would else activate a memory wherever it stands, in whatever
-    name. What is the edit's own is how its tokens go together. A target's tokens are said loudest of all: a memory that
-    answers with a year would be active wherever a digit stands.
+    They are said loudest of all: a memory that answers with a year would be active wherever a digit stands.
 
     Args:
-        prompt: x_e, or y_e as it stands behind it.
+        target: y_e as it stands behind its prompt.
         others: prompts to mix it with; one is drawn for each text.
         count: how many texts.
         tok: the tokenizer.
         generator: the only source of randomness, on the CPU.
     """
-    own = tok(prompt, add_special_tokens=False)["input_ids"] if count else []
+    own = tok(target, add_special_tokens=False)["input_ids"] if count else []
     texts = []
     for _ in range(count if own else 0):
         mine = [own[index] for index in torch.randperm(len(own), generator=generator)[:_SCRAMBLED_TOKENS].tolist()]
