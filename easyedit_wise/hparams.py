@@ -50,8 +50,9 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     optimizer: str = "steepest"
     """"steepest" with ``consolidation`` and with it alone; without it "sgd" (the paper's), or "adam" or "lion", whose
     steps do not depend on the size of the loss."""
-    lr_end: float = 0.1
-    """The last iteration's step as a share of the first one's, linear in between; 1 keeps it constant."""
+    lr_end: float = 1.0
+    """The last iteration's step as a share of the first one's, linear in between; 1 keeps it constant: the loss of a
+    long target is still falling when the iterations end, and a short one's stops them long before. "lion" wants 0.1."""
     layer_units: bool = True
     """True: alpha, beta, gamma count in 1/64 of the mean norm of the layer's own output, and edit_lr is the share of
     its own size by which the first step may change it: of "steepest" at the token that changes most, of the others
