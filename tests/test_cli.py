@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,14 @@ import easyedit_wise.demo as demo_module
 from easyedit_wise import apply_wise_to_model, load_edits
 from easyedit_wise.cli import app
 from easyedit_wise.tuner.model import find_wise_layers
+
+
+def test_the_module_runs_as_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("easyedit_wise", run_name="__main__")
+    assert stopped.value.code == 0
+    assert "Usage: easyedit-wise" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
