@@ -110,18 +110,22 @@ def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = 
 
 
 def sustained_activation(token_scores: Tensor, token_mask: Tensor | None = None) -> Tensor:
-    """The mean of a sequence's eight loudest tokens, or of all of a shorter one's: a few loud ones do not make it.
+    """The mean of a sequence's eight loudest tokens: a few loud ones do not make it.
+
+    All tokens of a shorter one would count, "The" and "is" among them, and say nothing of whose edit it is: a fact that
+    was edited again would keep its former answer. So a shorter one counts as sustained in any memory.
 
     Args:
         token_scores: shape (..., T), e.g. (B, T).
         token_mask: the same shape, True (or non-zero) where a token is real; None means all are.
 
     Returns:
-        Shape (...), e.g. (B,). A sequence without any real token has 0.
+        Shape (...), e.g. (B,). Infinite for a sequence of fewer than eight real tokens.
     """
     kept, mask = _real_tokens(token_scores, token_mask)
     loudest = kept.topk(min(_SUSTAINED_TOKENS, kept.shape[-1]), dim=-1).values
-    return loudest.sum(dim=-1) / mask.sum(dim=-1).clamp(min=1, max=_SUSTAINED_TOKENS)
+    mean = loudest.sum(dim=-1) / _SUSTAINED_TOKENS
+    return torch.where(mask.sum(dim=-1) >= _SUSTAINED_TOKENS, mean, torch.full_like(mean, math.inf))
 
 
 def _real_tokens(token_scores: Tensor, token_mask: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -194,11 +194,23 @@ def test_the_mean_of_eight_loud_tokens_by_hand() -> None:
     scores = torch.zeros(3, 20)
     scores[:, 2], scores[:, 19] = 32.0, 16.0
     real = torch.ones(3, 20, dtype=torch.bool)
-    real[1, 3:19] = False
+    real[1, 7:19] = False  # eight are left
     real[2] = False
-    assert sustained_activation(scores, real).tolist() == [6.0, 12.0, 0.0]
+    assert sustained_activation(scores, real).tolist() == [6.0, 6.0, math.inf]
     assert sustained_activation(scores).tolist() == [6.0, 6.0, 6.0]
-    assert sustained_activation(tensor([[1.0, 3.0]])).tolist() == [2.0]
+    real[1, 6] = False
+    assert sustained_activation(scores, real).tolist() == [6.0, math.inf, math.inf]
+    assert sustained_activation(tensor([[1.0, 3.0]])).tolist() == [math.inf]
+
+
+def test_a_text_of_few_tokens_is_the_newest_memorys_that_recognises_it() -> None:
+    """Its mean would count every "The" and "is", and a fact that is edited again would keep its former answer."""
+    epsilon, recognised = tensor([1.0, 1.0]), tensor([3.9, 3.9])
+    tokens = tensor([[[1.0, 3.0, 3.0, 4.0], [0.1, 0.1, 0.1, 4.0]]])
+    scores, sustained = tokens.amax(dim=-1), sustained_activation(tokens)
+    assert choose_memory(scores, epsilon, 0.75, recognised, sustained).tolist() == [1]
+    longer = torch.cat([tokens, tokens], dim=-1)
+    assert choose_memory(scores, epsilon, 0.75, recognised, sustained_activation(longer)).tolist() == [0]
 
 
 def test_a_newer_memory_has_to_be_loud_on_more_than_a_few_tokens_by_hand() -> None:

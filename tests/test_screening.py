@@ -345,22 +345,25 @@ def test_a_memory_answers_what_scores_as_on_its_own_edits() -> None:
     assert chosen([INF, 0.1], relative=False) == 0
 
 
-@pytest.mark.parametrize(("loud", "chosen"), [(1, 0), (4, 0), (5, 1)])
+@pytest.mark.parametrize(("loud", "chosen"), [(1, 0), (2, 0), (3, 1)])
 def test_a_newer_memory_that_is_loud_on_a_few_tokens_only_does_not_answer(loud: int, chosen: int) -> None:
-    """Six tokens of which memory 0 excites all by 1 and memory 1 some by 1: it needs .7 of what 0 sustains."""
-    tokens = torch.eye(6, D_IN)[None]
+    """Twelve tokens of which memory 0 excites all by 1 and memory 1 some by 1: of eight it needs .7 of them."""
+    tokens = torch.eye(6, D_IN).repeat(2, 1)[None]
     few = torch.eye(D_OUT, D_IN) * (torch.arange(D_IN) < loud)
     own = candidates_of([torch.eye(D_OUT, D_IN), few], [0.5] * 2, "max", [1.0] * 2, relative_scores=True)
-    route, _ = decide(tokens, torch.zeros(1, 6, D_OUT), own, F.linear)
+    route, _ = decide(tokens, torch.zeros(1, 12, D_OUT), own, F.linear)
     assert int(route.choice) == chosen
 
 
 def test_what_a_memory_sustains_counts_in_the_loudness_of_its_own_edits() -> None:
     """The later memory's epsilon lies nearer to its edits, and they are less loud: both sustain what their own do."""
-    x, delta = torch.randn(1, 1, D_IN, generator=seeded(1)), torch.randn(D_OUT, D_IN, generator=seeded(2))
-    score = float(relative_activation(F.linear(x, delta), x))
+    x, delta = (
+        torch.randn(1, 1, D_IN, generator=seeded(1)).repeat(1, 8, 1),
+        torch.randn(D_OUT, D_IN, generator=seeded(2)),
+    )
+    score = float(relative_activation(F.linear(x, delta), x).amax())
     own = candidates_of([2 * delta, delta], [0.8 * score, 0.9 * score], "max", [2 * score, score], relative_scores=True)
-    route, _ = decide(x, torch.zeros(1, 1, D_OUT), own, F.linear)
+    route, _ = decide(x, torch.zeros(1, 8, D_OUT), own, F.linear)
     assert int(route.choice) == 1
 
 
