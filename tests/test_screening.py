@@ -357,10 +357,8 @@ def test_a_newer_memory_that_is_loud_on_a_few_tokens_only_does_not_answer(loud: 
 
 def test_what_a_memory_sustains_counts_in_the_loudness_of_its_own_edits() -> None:
     """The later memory's epsilon lies nearer to its edits, and they are less loud: both sustain what their own do."""
-    x, delta = (
-        torch.randn(1, 1, D_IN, generator=seeded(1)).repeat(1, 8, 1),
-        torch.randn(D_OUT, D_IN, generator=seeded(2)),
-    )
+    x = torch.randn(1, 1, D_IN, generator=seeded(1)).repeat(1, 8, 1)
+    delta = torch.randn(D_OUT, D_IN, generator=seeded(2))
     score = float(relative_activation(F.linear(x, delta), x).amax())
     own = candidates_of([2 * delta, delta], [0.8 * score, 0.9 * score], "max", [2 * score, score], relative_scores=True)
     route, _ = decide(x, torch.zeros(1, 8, D_OUT), own, F.linear)
