@@ -73,6 +73,27 @@ class NormalEquations:
         own = activations[:, self.columns].to(self.quiet.dtype)
         return replace(self, quiet=self.quiet + weight * (own.T @ own))
 
+    def no_longer_silent_on(self, activations: Tensor, weight: float) -> NormalEquations:
+        """Without some tokens that were to get nothing; at least what else there is to be quiet on stays.
+
+        ``quiet`` would not be a sum of squares any more if more were taken off than the tokens added. The weight goes
+        no further than that: to 1 / max eigenvalue of A K^-1 A^T, less a hundredth, which is at least what they added.
+
+        Args:
+            activations: a_u, shape (N, d_in).
+            weight: v, with which they were added.
+
+        Raises:
+            ValueError: nothing is to be quiet.
+        """
+        own = activations[:, self.columns].to(self.quiet.dtype)
+        solved = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(self._with_ridge(self.quiet, 0.1)), own.T, upper=False
+        )
+        largest = float(torch.linalg.matrix_norm(solved, ord=2)) ** 2
+        allowed = weight if largest == 0 else min(weight, 0.99 / largest)
+        return self.silent_on(activations, -allowed)
+
     def quiet_factor(self) -> Tensor:
         """The Cholesky factor of K = sum_u v_u a_u a_u^T + lambda I, shape (n, n).
 
@@ -111,9 +132,9 @@ class NormalEquations:
             solved = torch.cholesky_solve(asked.T, factor).T
         return solved.contiguous()
 
-    def _with_ridge(self, matrix: Tensor) -> Tensor:
+    def _with_ridge(self, matrix: Tensor, share: float = 1.0) -> Tensor:
         scale = self.quiet.diagonal().mean()
         if not bool(scale > 0):
             raise ValueError("the least-squares problem has no irrelevant tokens: add some with silent_on().")
-        ridge = torch.diag_embed((_RIDGE * scale).expand(len(matrix)))
+        ridge = torch.diag_embed((share * _RIDGE * scale).expand(len(matrix)))
         return matrix + ridge

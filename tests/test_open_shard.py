@@ -15,10 +15,11 @@ import easyedit_wise.editing.open_shard as open_shard_module
 from easyedit_wise import load_edits, save_edits
 from easyedit_wise.data import neutral_prompts
 from easyedit_wise.easyedit.apply import stream_of
-from easyedit_wise.editing.open_shard import OpenShard, threshold
+from easyedit_wise.editing.open_shard import OpenShard
 from easyedit_wise.editing.recorded import EditScores, RecordedEdit, edit_scores
 from easyedit_wise.editing.requests import EditRequest
 from easyedit_wise.editing.scored import ScoredInputs
+from easyedit_wise.editing.thresholds import threshold
 from easyedit_wise.routing import calibrated_threshold, minimum_threshold
 
 EDITS = [EditRequest(prompt, target) for prompt, target in FACTS]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,12 +106,19 @@ def test_saved_edits_answer_the_same_in_a_fresh_model(edited, tok, tmp_path):
     assert greedy_answers(fresh, tok, prompts, 10) == greedy_answers(model, tok, prompts, 10)
 
 
-def test_a_fact_that_is_edited_again_has_its_last_answer(tok):
-    """Each edit has a memory of its own, and all score high on the prompt, the first one highest."""
-    hparams = WISEHyperParams.from_hparams("smollm2-135m")
-    hparams.save_freq = hparams.merge_freq = 1
-    hparams.written = 0.0
-    model, fact = fresh_model(), {"prompt": "The capital of Peru is", "subject": "Peru"}
-    for target in ("Toronto", "Oslo", "Madrid", "Lagos", "Lyon"):
-        apply_wise_to_model(model, tok, [{**fact, "target_new": target}], hparams)
-        assert greedy_answers(model, tok, [fact["prompt"]], 4)[0].strip().startswith(target)
+PERU = ("The capital of Peru is", "Peru", ("Toronto", "Oslo", "Madrid", "Lagos", "Lyon"))
+EDWIN = ("The official religion of Edwin of Northumbria is", "Edwin of Northumbria", ("Islam", "Buddhism", "Judaism"))
+
+
+@pytest.mark.parametrize(
+    ("fact", "changes"),
+    [(PERU, {"save_freq": 1, "merge_freq": 1, "written": 0.0}), (EDWIN, {"save_freq": 2, "merge_freq": 2})],
+    ids=["short, a memory each", "long, two in a memory and one in another"],
+)
+def test_a_fact_that_is_edited_again_has_its_last_answer(tok, fact, changes):
+    """In memories of their own all of its edits score high on the prompt, the first one highest."""
+    hparams = replace(WISEHyperParams.from_hparams("smollm2-135m"), **changes)
+    model, (prompt, subject, targets) = fresh_model(), fact
+    for target in targets:
+        apply_wise_to_model(model, tok, [{"prompt": prompt, "subject": subject, "target_new": target}], hparams)
+        assert greedy_answers(model, tok, [prompt], 4)[0].strip().startswith(target)

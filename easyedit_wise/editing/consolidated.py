@@ -68,6 +68,23 @@ def with_elsewhere(elsewhere: Tensor | None, edits: Sequence[RecordedEdit]) -> T
     return elsewhere
 
 
+@torch.no_grad()
+def freed(equations: NormalEquations, own: Sequence[RecordedEdit], overruled: ScoredInputs | None) -> NormalEquations:
+    """Not quiet on a shard's own edits and on those that they overrule (see :mod:`.overruled`).
+
+    Args:
+        equations: quiet on :func:`with_elsewhere`, these among it.
+        own: edits of the shard.
+        overruled: prompts and targets of edits that other memories hold of the same prompts, or None.
+    """
+    irrelevant = [one.irrelevant for one in own if one.irrelevant is not None]
+    answered = [*(edit.answered for edit in own), *([] if overruled is None else [overruled])]
+    for some, weight in ((answered, _ELSEWHERE_WEIGHT), (irrelevant, 1.0)):
+        if some:
+            equations = equations.no_longer_silent_on(ScoredInputs.stack(some).activations, weight)
+    return equations
+
+
 def opened(
     mask: Tensor,
     neutral: ScoredInputs,
@@ -94,11 +111,14 @@ def opened(
     return equations
 
 
-def rebuilt(equations: NormalEquations, edits: Sequence[RecordedEdit], delta_weight: Tensor) -> NormalEquations:
+def rebuilt(
+    equations: NormalEquations, edits: Sequence[RecordedEdit], delta_weight: Tensor, hparams: WISEHyperParams
+) -> NormalEquations:
     """With edits of which only the texts are known, as after loading: they shall say what dW says now."""
     for edit in edits:
         tokens = edit.answered.activations.to(delta_weight)
-        equations = equations.saying(tokens, tokens @ delta_weight.T, tokens.new_ones(len(tokens)))
+        weights = _as_in_all_contexts(edit.prompt_mask[edit.answered.token_mask].bool(), hparams)
+        equations = equations.saying(tokens, tokens @ delta_weight.T, weights)
         if edit.irrelevant is not None:
             equations = equations.silent_on(edit.irrelevant.activations, 1.0)
     return equations
@@ -136,11 +156,16 @@ def with_irrelevant(
 def with_inherited(
     equations: NormalEquations, inherited: Inherited | None, hparams: WISEHyperParams
 ) -> NormalEquations:
-    """Saying also what other memories say of their edits: each token counts as an own edit's in all of its contexts."""
+    """Saying also what other memories say of their edits."""
     if inherited is None:
         return equations
-    weights = torch.where(inherited.in_prompt, _PROMPT_WEIGHT, 1.0) * (1.0 + _CONTEXT_WEIGHT * hparams.n_contexts)
+    weights = _as_in_all_contexts(inherited.in_prompt, hparams)
     return equations.saying(inherited.activations, inherited.outputs, weights)
+
+
+def _as_in_all_contexts(in_prompt: Tensor, hparams: WISEHyperParams) -> Tensor:
+    """What a token of an edit's plain prompt and target counts where its other contexts are not at hand."""
+    return torch.where(in_prompt, _PROMPT_WEIGHT, 1.0) * (1.0 + _CONTEXT_WEIGHT * hparams.n_contexts)
 
 
 @torch.no_grad()
@@ -249,7 +274,8 @@ def train_into(
     """
     if shard.equations is None:
         raise ValueError("the shard has no least-squares problem: it was begun without consolidation.")
-    equations = with_irrelevant(shard.equations, task, [one.irrelevant for one in recorded], hparams)
+    equations = freed(shard.equations, [], task.overruled)
+    equations = with_irrelevant(equations, task, [one.irrelevant for one in recorded], hparams)
     quiet = equations
     if task.inherited is not None:  # what is the other edits' is divided out of this one's
         quiet = quiet.silent_on(task.inherited.activations, _PROMPT_WEIGHT)

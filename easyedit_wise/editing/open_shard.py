@@ -7,7 +7,7 @@ for the first, and for the second the few edits that are nearest to being lost, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +15,15 @@ from torch import Tensor
 
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
-from ..routing import calibrated_threshold, minimum_threshold, spent_position
 from ..sketching import frequent_directions
 from .gain import SpokenEdit
 from .recorded import EditScores, RecordedEdit, edit_scores
-from .scored import ScoredInputs
 from .task import Rehearsed
 
 # Edits that are scored anew after each edit.
 WATCHED = 16
 # Rows of the rehearsal's sketch: some fifteen edits are held exactly, more of them approximately.
 SKETCH_ROWS = 256
-# One text in so many may be about an edit: those of the demo are about France, the Sun and pizza.
-_ABOUT_AN_EDIT = 20
 
 
 @dataclass(frozen=True)
@@ -86,38 +82,3 @@ class OpenShard:
             self.spoken,
         )
         return shard, [*self.others, *scores]
-
-
-def threshold(
-    scores: Iterable[EditScores],
-    neutral: ScoredInputs,
-    delta_weight: Tensor,
-    hparams: WISEHyperParams,
-    n_earlier: int = 0,
-    texts: ScoredInputs | None = None,
-) -> float:
-    """epsilon of a memory, from what its edits and what irrelevant prompts score under its dW.
-
-    Args:
-        scores: of its edits.
-        neutral: irrelevant prompts beside the edits' own.
-        delta_weight: dW, shape (d_out, d_in).
-        hparams: settings.
-        n_earlier: memories before it.
-        texts: text at large. Of twenty one may be about an edit, so the loudest twentieth does not count.
-
-    Raises:
-        ValueError: there is no edit.
-    """
-    scores = list(scores)
-    if hparams.act_ratio is not None:
-        return minimum_threshold([one.prompt for one in scores], hparams.act_ratio)
-    edits = [value for one in scores for value in (one.prompt, one.answered)]
-    irrelevant = [one.irrelevant for one in scores if one.irrelevant is not None]
-    with torch.no_grad():
-        irrelevant += neutral.scores(delta_weight, hparams).tolist()
-        if texts is not None:
-            irrelevant += sorted(texts.scores(delta_weight, hparams).tolist())[
-                : len(texts) - len(texts) // _ABOUT_AN_EDIT
-            ]
-    return calibrated_threshold(edits, irrelevant, spent_position(hparams.epsilon_position, n_earlier))

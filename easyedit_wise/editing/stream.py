@@ -21,8 +21,9 @@ from ..tuner.memory import LIVE, MERGED, MemoryState
 from .consolidated import train_into, with_elsewhere
 from .held import CommitSink, Committed, HeldEdit, Snapshot
 from .level import write_level
-from .open_shard import OpenShard, threshold
-from .recorded import EditScores, RecordedEdit, edit_scores
+from .open_shard import OpenShard
+from .overruled import overruled, standing, without_repeats
+from .recorded import RecordedEdit
 from .recorder import PromptRecorder, plain_edits
 from .requests import EditRequest, encode_pair
 from .shards import (
@@ -36,6 +37,7 @@ from .shards import (
 )
 from .task import EditTask
 from .task_maker import TaskMaker
+from .thresholds import calibrated, with_thresholds
 from .trainer import EditOutcome, train_edit
 
 
@@ -133,6 +135,7 @@ class EditStream:
             done, states = len(outcomes), self.layer.memories(self.adapter_name)
             batch = requests[done : done + min(self.hparams.batch_size, room(states, self.hparams))]
             del states
+            batch = without_repeats(batch)
             before = self.snapshot()
             try:
                 made = self._edit(batch, before.generator_state, on_iteration)
@@ -186,7 +189,7 @@ class EditStream:
         states = self._with_live_shard()
         self.layer.install(self.adapter_name, states)  # what it replaces need not stay in memory
         place, live = len(states) - 1, states[-1]
-        shard = self._shard_so_far(place, live)
+        shard = self._shard_so_far(place, live, requests)
         own = self._tasks.own_irrelevant(requests)
         task = self._tasks.task(requests, own, self._held_outside(place), shard, states, self._requests_in(place))
         recorded = plain_edits(task.contexts[0], own, self._recorder.keeps_base_output)
@@ -211,7 +214,7 @@ class EditStream:
             trained = [sum(one.edit_scores) / per_edit for one in made]
             states = with_epsilon_as_trained(states, trained, live.n_edits, self.hparams)
         else:
-            states[-1] = self._with_thresholds(states[-1], scores, place)
+            states[-1] = with_thresholds(self._recorder, states[-1], scores, self._n_earlier(place))
         self._open_shard = shard
         if is_full(states[-1], shard.n_tokens, self.hparams):
             states = self._closed(states)
@@ -243,13 +246,12 @@ class EditStream:
         """Train, and solve for dW with all edits of the shard, as loudly as they bear."""
         held, outside = self._requests_in(place), self._held_outside(place)
         if shard.equations is None:
-            if self._elsewhere is None and outside:
-                self._elsewhere = self._tasks.elsewhere([one.request for one in outside])
-            memories = self.layer.memories(self.adapter_name)
-            equations = self._tasks.equations(live, held, self._elsewhere, outside, memories)
+            if self._elsewhere is None:
+                elsewhere = self._tasks.elsewhere([one.request for one in outside]) if outside else None
+                self._elsewhere = self._tasks.with_elsewhere(elsewhere, held)
+            kept, memories = standing(held, requests), self.layer.memories(self.adapter_name)
+            equations = self._tasks.equations(live, held, kept, self._elsewhere, outside, memories)
             shard = replace(shard, equations=equations)
-            for some in self._recorder.edits(held):
-                self._elsewhere = with_elsewhere(self._elsewhere, some)
         step = self.hparams.edit_lr * (self._recorder.units().output_norm if self.hparams.layer_units else 1.0)
         shard, outcome = train_into(
             live.delta_weight, shard, task, recorded, self.hparams, step, self._label(requests), on_iteration
@@ -273,14 +275,19 @@ class EditStream:
         states = self.layer.memories(self.adapter_name)
         return with_live_shard(states, shape, device, self.hparams, self._generator)
 
-    def _shard_so_far(self, place: int, live: MemoryState) -> OpenShard:
-        """What is remembered of the live shard's edits; from their texts where they were loaded."""
+    def _shard_so_far(self, place: int, live: MemoryState, requests: Sequence[EditRequest]) -> OpenShard:
+        """What is remembered of the live shard's edits that hold; from their texts where they were loaded.
+
+        Also where one of its prompts is edited again: what that one added to the problem cannot be taken out of it.
+        """
         if live.n_edits == 0:
             return OpenShard()
-        if self._open_shard is not None:
+        held = self._requests_in(place)
+        again = self.hparams.consolidation and bool(overruled(held, requests))
+        if self._open_shard is not None and not again:
             return self._open_shard
         shard = OpenShard()
-        for recorded in self._recorder.edits(self._requests_in(place)):
+        for recorded in self._recorder.edits(standing(held, requests)):
             shard, _ = shard.joined(recorded, live.delta_weight, self.hparams)
         return shard
 
@@ -303,22 +310,10 @@ class EditStream:
         self._open_shard = None
         self.held = [replace(held, memory=closed.places[held.memory]) for held in self.held]
         if not self.hparams.epsilon_as_trained:
-            closed.states[closed.changed] = self._calibrated(closed.states[closed.changed], closed.changed)
+            state, requests = closed.states[closed.changed], self._requests_in(closed.changed)
+            closed.states[closed.changed] = calibrated(self._recorder, state, requests, self._n_earlier(closed.changed))
         return closed.states
 
-    # -- thresholds ---------------------------------------------------------------------------
-
-    def _with_thresholds(self, state: MemoryState, scores: Sequence[EditScores], place: int) -> MemoryState:
-        """What the scores of a memory are compared with, from its edits' scores and irrelevant prompts'."""
-        neutral, texts = self._recorder.unseen()
+    def _n_earlier(self, place: int) -> int:
         # The shards of WISE-Merge become one memory before long.
-        n_earlier = place if self.hparams.retrieve else 0
-        epsilon = threshold(scores, neutral, state.delta_weight, self.hparams, n_earlier, texts)
-        return state.with_(epsilon=epsilon, weakest_edit=min(one.prompt for one in scores))
-
-    def _calibrated(self, state: MemoryState, place: int) -> MemoryState:
-        """A closed memory with thresholds from all its edits, scored anew from their texts, some at a time."""
-        scores: list[EditScores] = []
-        for recorded in self._recorder.edits(self._requests_in(place)):
-            scores += edit_scores(recorded, state.delta_weight, self.hparams)
-        return self._with_thresholds(state, scores, place) if scores else state
+        return place if self.hparams.retrieve else 0

@@ -108,6 +108,7 @@ class EditTask:
         scrambled_targets: the tokens of the edits' targets among others, or None.
         related: edits that other memories hold about the same subjects, with their targets, or None.
         inherited: those that one of these goes on from or that go on from it, and what they say, or None.
+        overruled: edits that other memories hold of the very same prompts, with their targets, or None.
         unit: what Delta_act and the rehearsal's distances are counted in.
         base_weight: W, shape (d_out, d_in), where the whole matrix decays; else None.
     """
@@ -123,6 +124,7 @@ class EditTask:
     related: ScoredInputs | None = None
     inherited: Inherited | None = None
     base_weight: Tensor | None = None
+    overruled: ScoredInputs | None = None
 
     @property
     def n_edits(self) -> int:

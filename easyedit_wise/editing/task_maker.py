@@ -11,11 +11,12 @@ from ..data import neutral_prompts, other_subjects
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from ..tuner.memory import MemoryState
-from .consolidated import opened, rebuilt, with_elsewhere, with_inherited
+from .consolidated import freed, opened, rebuilt, with_elsewhere, with_inherited
 from .contexts import context_groups, in_groups
 from .held import HeldEdit
 from .inherited import Inherited, inherited_by
 from .open_shard import OpenShard
+from .overruled import latest, overruled
 from .recorder import PromptRecorder
 from .requests import EditRequest, encode_pair, related
 from .scored import ScoredInputs
@@ -75,7 +76,7 @@ class TaskMaker:
         contexts = [self._recorder.contexts(prompts, requests, endings) for prompts in groups]
         others = self._about_others(requests)
         irrelevant, irrelevant_of = self._irrelevant_inputs(own)
-        past = self._past_inputs(outside) if self.hparams.replay else None
+        past = self._past_inputs(requests, outside) if self.hparams.replay else None
         whole = base_weight(self._recorder.layer.get_base_layer()) if self.hparams.decay_whole_matrix else None
         return EditTask(
             contexts,
@@ -88,6 +89,7 @@ class TaskMaker:
             inherited=self._inherited(requests, elsewhere, memories, held) if self.hparams.consolidation else None,
             scrambled_targets=self._scrambled_targets(requests),
             base_weight=whole,
+            overruled=self._overruled(requests, outside) if self.hparams.consolidation else None,
         )
 
     def own_irrelevant(self, requests: Sequence[EditRequest]) -> list[ScoredInputs | None]:
@@ -101,25 +103,30 @@ class TaskMaker:
         """:func:`with_elsewhere` of edits of which only the texts are known, as after loading: of some where there are
         very many."""
         picked = torch.randperm(len(requests), generator=self._generator)[:_REMEMBERED_FROM_TEXTS].tolist()
-        summed: Tensor | None = None
-        for some in self._recorder.edits([requests[index] for index in picked]):
-            summed = with_elsewhere(summed, some)
-        return summed
+        return self.with_elsewhere(None, [requests[index] for index in picked])
+
+    def with_elsewhere(self, elsewhere: Tensor | None, requests: Sequence[EditRequest]) -> Tensor | None:
+        """:func:`with_elsewhere` of edits from their texts, so that they need not be kept."""
+        for some in self._recorder.edits(requests):
+            elsewhere = with_elsewhere(elsewhere, some)
+        return elsewhere
 
     def equations(
         self,
         live: MemoryState,
         held: Sequence[EditRequest],
+        kept: Sequence[EditRequest],
         elsewhere: Tensor | None,
         others: Sequence[HeldEdit],
         memories: Sequence[MemoryState],
     ) -> NormalEquations:
-        """The least-squares problem of a shard that was just begun, or of one that goes on after loading.
+        """The least-squares problem of a shard that was just begun, or that is known by its edits' texts.
 
         Args:
             live: the shard.
-            held: the edits that it holds.
-            elsewhere: see :func:`with_elsewhere`.
+            held: the edits that were made in it.
+            kept: those of them that shall hold, see :func:`.overruled.standing`.
+            elsewhere: :func:`with_elsewhere` of all edits, ``held`` among them.
             others: edits that other memories hold.
             memories: all of them, as ``others`` counts them.
 
@@ -129,15 +136,18 @@ class TaskMaker:
         if live.mask is None:
             raise ValueError("the open shard has no mask: restore the model, or go on with consolidation: 0.")
         written = self._recorder.written().spread if self.hparams.written else None
-        equations = opened(live.mask, self._recorder.neutral(), written, elsewhere, self.hparams)
-        for some in self._recorder.edits(held):
-            equations = rebuilt(equations, some, live.delta_weight)
-        return with_inherited(equations, self._inherited(held, others, memories), self.hparams)
+        equations = opened(live.mask, self._recorder.neutral(), written, elsewhere if others else None, self.hparams)
+        if others:
+            for some in self._recorder.edits(held):
+                equations = freed(equations, some, None)
+            equations = freed(equations, [], self._overruled(kept, [one.request for one in others]))
+        for some in self._recorder.edits(kept):
+            equations = rebuilt(equations, some, live.delta_weight, self.hparams)
+        return with_inherited(equations, self._inherited(kept, others, memories), self.hparams)
 
     def answered_by(self, shard: Sequence[EditRequest], elsewhere: Sequence[HeldEdit]) -> list[EditRequest]:
         """What a shard shall answer: other memories' edits that it inherited, and its own; of one prompt the latest."""
-        latest = {request.prompt: request for request in shard}
-        return [*(one.request for one in inherited_by(shard, elsewhere, _RELATED, shard)), *latest.values()]
+        return [*(one.request for one in inherited_by(shard, elsewhere, _RELATED, shard)), *latest(shard)]
 
     def _within_budget(self, requests: Sequence[EditRequest]) -> tuple[int | None, int | None]:
         """How many contexts of an edit ``context_tokens`` leaves a group, and how many groups; None: all.
@@ -172,7 +182,14 @@ class TaskMaker:
     def _related(self, requests: Sequence[EditRequest], elsewhere: Sequence[EditRequest]) -> ScoredInputs | None:
         """Edits of other memories, with their targets, that share tokens with one of these."""
         found = list(dict.fromkeys(one for request in requests for one in related(request, elsewhere, _RELATED)))
-        recorded = [edit.answered for some in self._recorder.edits(found) for edit in some]
+        return self._answered(found)
+
+    def _overruled(self, requests: Sequence[EditRequest], elsewhere: Sequence[EditRequest]) -> ScoredInputs | None:
+        """Edits of other memories, with their targets, that one of these is made instead of."""
+        return self._answered(overruled(elsewhere, requests)[-_RELATED:])
+
+    def _answered(self, requests: Sequence[EditRequest]) -> ScoredInputs | None:
+        recorded = [edit.answered for some in self._recorder.edits(requests) for edit in some]
         return ScoredInputs.stack(recorded) if recorded else None
 
     def _inherited(
@@ -213,8 +230,10 @@ class TaskMaker:
         # In the dtype of dW, so that the iterations need no second copy.
         return ScoredInputs.stack([*given, neutral.select(picked)]).to(torch.float32), rows
 
-    def _past_inputs(self, elsewhere: Sequence[EditRequest]) -> ScoredInputs | None:
+    def _past_inputs(self, requests: Sequence[EditRequest], elsewhere: Sequence[EditRequest]) -> ScoredInputs | None:
         """x_m of Appendix B.3: edits that other memories hold, drawn anew for every edit."""
+        again = {request.prompt for request in requests}  # or one would be quiet on its own prompt
+        elsewhere = [other for other in elsewhere if other.prompt not in again]
         if not elsewhere:
             return None
         picked = torch.randperm(len(elsewhere), generator=self._generator)[:_PAST_EDITS_REPLAYED]

@@ -1,0 +1,80 @@
+"""Where a memory's threshold lies, from what its edits and irrelevant prompts score under its dW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..hparams import WISEHyperParams
+from ..routing import calibrated_threshold, minimum_threshold, spent_position
+from ..tuner.memory import MemoryState
+from .recorded import EditScores, edit_scores
+from .recorder import PromptRecorder
+from .requests import EditRequest
+from .scored import ScoredInputs
+
+# One text in so many may be about an edit: those of the demo are about France, the Sun and pizza.
+_ABOUT_AN_EDIT = 20
+
+
+def threshold(
+    scores: Iterable[EditScores],
+    neutral: ScoredInputs,
+    delta_weight: Tensor,
+    hparams: WISEHyperParams,
+    n_earlier: int = 0,
+    texts: ScoredInputs | None = None,
+) -> float:
+    """epsilon of a memory, from what its edits and what irrelevant prompts score under its dW.
+
+    Args:
+        scores: of its edits.
+        neutral: irrelevant prompts beside the edits' own.
+        delta_weight: dW, shape (d_out, d_in).
+        hparams: settings.
+        n_earlier: memories before it.
+        texts: text at large. Of twenty one may be about an edit, so the loudest twentieth does not count.
+
+    Raises:
+        ValueError: there is no edit.
+    """
+    scores = list(scores)
+    if hparams.act_ratio is not None:
+        return minimum_threshold([one.prompt for one in scores], hparams.act_ratio)
+    edits = [value for one in scores for value in (one.prompt, one.answered)]
+    irrelevant = [one.irrelevant for one in scores if one.irrelevant is not None]
+    with torch.no_grad():
+        irrelevant += neutral.scores(delta_weight, hparams).tolist()
+        if texts is not None:
+            irrelevant += sorted(texts.scores(delta_weight, hparams).tolist())[
+                : len(texts) - len(texts) // _ABOUT_AN_EDIT
+            ]
+    return calibrated_threshold(edits, irrelevant, spent_position(hparams.epsilon_position, n_earlier))
+
+
+def with_thresholds(
+    recorder: PromptRecorder, state: MemoryState, scores: Sequence[EditScores], n_earlier: int
+) -> MemoryState:
+    """A memory with what its scores are compared with.
+
+    Args:
+        recorder: records irrelevant prompts at the layer, with the present settings.
+        state: the memory.
+        scores: of its edits.
+        n_earlier: memories before it that stay memories of their own.
+    """
+    neutral, texts = recorder.unseen()
+    epsilon = threshold(scores, neutral, state.delta_weight, recorder.hparams, n_earlier, texts)
+    return state.with_(epsilon=epsilon, weakest_edit=min(one.prompt for one in scores))
+
+
+def calibrated(
+    recorder: PromptRecorder, state: MemoryState, requests: Sequence[EditRequest], n_earlier: int
+) -> MemoryState:
+    """:func:`with_thresholds` of a closed memory's edits, scored anew from their texts, some at a time."""
+    scores: list[EditScores] = []
+    for recorded in recorder.edits(requests):
+        scores += edit_scores(recorded, state.delta_weight, recorder.hparams)
+    return with_thresholds(recorder, state, scores, n_earlier) if scores else state
