@@ -33,6 +33,9 @@ class ConsolidationSettings:
     scrambled: int = 8
     """Irrelevant prompts of ``consolidation`` that are tokens of the edit's target, out of order among others: a memory
     that answers with a year is else active wherever a digit stands."""
+    after_answer: int = 12
+    """Irrelevant tokens of ``consolidation`` that the model itself would write behind the target: the memory was picked
+    for the prompt and goes on answering. 0: none are written."""
     written: float = 2000.0
     """What text at large, written by the model itself, counts as in ``consolidation``, in tokens per 1000 columns like
     that; 0: none is written."""
@@ -80,7 +83,7 @@ class ConsolidationSettings:
         if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:
             raise ValueError(f"capacity is {self.capacity!r}: it must be a finite number of at least 0, such as 0.5.")
         check_choice("mask", self.mask, MASKS)
-        for name in ("other_subjects", "scrambled"):
+        for name in ("other_subjects", "scrambled", "after_answer"):
             check_count(name, getattr(self, name))
         for name in ("relative_scores", "varied_contexts"):
             check_switch(name, getattr(self, name))
@@ -89,7 +92,7 @@ class ConsolidationSettings:
                 f"consolidation is {value} with mask: {self.mask}, but only a shard of whole columns is one "
                 "least-squares problem: set mask: columns, or consolidation: 0."
             )
-        for name in ("relative_scores", "other_subjects", "scrambled", "written", "capacity"):
+        for name in ("relative_scores", "other_subjects", "scrambled", "after_answer", "written", "capacity"):
             if getattr(self, name) and value == 0:
                 raise ValueError(
                     f"{name} is {getattr(self, name)} without consolidation: set consolidation: 200, too, or take "

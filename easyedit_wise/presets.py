@@ -64,6 +64,7 @@ _PAPER: dict[str, Any] = {
     "consolidation": 0.0,
     "other_subjects": 0,
     "scrambled": 0,
+    "after_answer": 0,
     "capacity": 0.0,
     "written": 0.0,
     "gain": 1.0,

@@ -132,8 +132,9 @@ def with_irrelevant(
 
     Args:
         equations: the shard's so far.
-        task: the edits, with their prompts about other subjects, their targets' tokens out of order, and other
-            memories' edits about the same, whose tokens count as much as their own (a token of both is the other's).
+        task: the edits, with their prompts about other subjects, their targets' tokens out of order, what would follow
+            their targets, and other memories' edits about the same, whose tokens count as much as their own (a token
+            of both is the other's).
         own: the irrelevant prompt of each edit that has one.
         hparams: settings.
     """
@@ -147,6 +148,8 @@ def with_irrelevant(
         equations = equations.silent_on(
             task.scrambled_targets.activations, _SCRAMBLED_TARGET_WEIGHT / hparams.scrambled
         )
+    if task.after_answers is not None:
+        equations = equations.silent_on(task.after_answers.activations, 1.0)
     if task.related is not None:
         equations = equations.silent_on(task.related.activations, _PROMPT_WEIGHT)
     return equations

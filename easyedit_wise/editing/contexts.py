@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..tuner.devices import computing_device
+from .continuation import continued
 
 FIXED_WORDS = ("I", "You", "Because", "Yes", "Q: ")
 FIXED_LENGTHS = (5, 10)
@@ -50,15 +51,13 @@ def generate_prefixes(
     """
     if not n_contexts:
         return []
-    device = computing_device(model)
-    ids = torch.full((n_contexts, 1), start_token(tok), device=device)
-    for _ in range(length):
-        # Short sequences: recomputing them is cheaper than depending on a model's cache format.
-        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        logits = without_special(out.logits[:, -1], tok)
-        values, tokens = logits.topk(min(top_k, logits.shape[-1]), dim=-1)
-        picked = torch.multinomial(values.softmax(dim=-1), 1, generator=generator)
-        ids = torch.cat([ids, tokens.gather(-1, picked).to(device)], dim=-1)
+    start = torch.full((n_contexts, 1), start_token(tok), device=computing_device(model))
+
+    def sampled(logits: Tensor) -> Tensor:
+        values, tokens = without_special(logits, tok).topk(min(top_k, logits.shape[-1]), dim=-1)
+        return tokens.gather(-1, torch.multinomial(values.softmax(dim=-1), 1, generator=generator))
+
+    ids = continued(model, start, torch.ones_like(start), length, sampled)
     texts = [tok.decode(row[1:], skip_special_tokens=True).strip() for row in ids]
     return [text or str(tok.decode(row[-1:])) for text, row in zip(texts, ids, strict=True)]
 

@@ -18,6 +18,7 @@ from ..hparams import WISEHyperParams
 from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
 from .contexts import as_chat, fixed_prefixes, generate_prefixes
+from .continuation import continued, last_logits_only, likeliest
 from .endings import endings
 from .frozen_prefix import FrozenPrefix, layer_input_of
 from .layer_units import LayerUnits
@@ -130,11 +131,30 @@ class PromptRecorder:
         pairs = [encode_pair(self.tok, self.rendered(request.prompt), request.target) for request in requests]
         ids, mask = left_padded(self.tok, [tokens for tokens, _ in pairs], self._device())
         batch = TokenBatch(ids, mask, mask.bool(), torch.zeros_like(mask.bool()))
-        inputs = self._model_inputs(batch)
-        if "logits_to_keep" in inspect.signature(type(self.model).forward).parameters:
-            inputs["logits_to_keep"] = 1  # a long edit's logits over a large vocabulary take hundreds of megabytes
+        inputs = {**self._model_inputs(batch), **last_logits_only(self.model)}
         with self.main_memory_only():
             return endings(self.model, self.tok, inputs, pairs)
+
+    def after_answers(self, requests: Sequence[EditRequest], endings: Sequence[int | None] | None) -> ScoredInputs:
+        """What the main memory would write behind each target and its ending, ``after_answer`` tokens.
+
+        Args:
+            requests: the edits.
+            endings: one token more behind the target of each, where it has one; None: behind none.
+        """
+        endings = [None] * len(requests) if endings is None else endings
+        texts = []
+        for request, last in zip(requests, endings, strict=True):
+            tokens, _ = encode_pair(self.tok, self.rendered(request.prompt), request.target)
+            texts.append(tokens if last is None else [*tokens, last])
+        ids, mask = left_padded(self.tok, texts, self._device())
+        n_tokens = self.hparams.after_answer
+        with self.main_memory_only():
+            ids = continued(self.model, ids, mask, n_tokens, likeliest)
+        mask = torch.cat([mask, mask.new_ones(len(mask), n_tokens)], dim=-1)
+        # From the last token of the answer on, which says how to go on.
+        behind = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - n_tokens - 1).expand_as(ids)
+        return self._scored_batch(TokenBatch(ids, mask, mask.bool(), ~mask.bool()), behind)
 
     def contexts(
         self,

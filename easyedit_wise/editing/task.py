@@ -109,6 +109,7 @@ class EditTask:
         related: edits that other memories hold about the same subjects, with their targets, or None.
         inherited: those that one of these goes on from or that go on from it, and what they say, or None.
         overruled: edits that other memories hold of the very same prompts, with their targets, or None.
+        after_answers: what the main memory would write behind the targets, or None.
         unit: what Delta_act and the rehearsal's distances are counted in.
         base_weight: W, shape (d_out, d_in), where the whole matrix decays; else None.
     """
@@ -125,6 +126,7 @@ class EditTask:
     inherited: Inherited | None = None
     base_weight: Tensor | None = None
     overruled: ScoredInputs | None = None
+    after_answers: ScoredInputs | None = None
 
     @property
     def n_edits(self) -> int:

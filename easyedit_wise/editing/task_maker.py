@@ -89,6 +89,7 @@ class TaskMaker:
             inherited=self._inherited(requests, elsewhere, memories, held) if self.hparams.consolidation else None,
             scrambled_targets=self._scrambled_targets(requests),
             base_weight=whole,
+            after_answers=self._recorder.after_answers(requests, endings) if self.hparams.after_answer else None,
             overruled=self._overruled(requests, outside) if self.hparams.consolidation else None,
         )
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..tuner.devices import computing_device
 from .contexts import start_token, without_special
+from .continuation import continued
 from .scored import ScoredInputs
 
 
@@ -52,18 +53,12 @@ def written_tokens(model: nn.Module, tok: Any, n_texts: int, length: int, genera
     Returns:
         Token ids, int64, shape (n_texts, length).
     """
-    device = computing_device(model)
-    ids = torch.full((n_texts, 1), start_token(tok), device=device)
-    cache: Any = None
-    for _ in range(length - 1):
-        # What the cache holds need not be computed again; a model without one gets the whole text.
-        inputs = ids if cache is None else ids[:, -1:]
-        out = model(input_ids=inputs, attention_mask=torch.ones_like(ids), past_key_values=cache, use_cache=True)
-        cache = getattr(out, "past_key_values", None)
-        chances = without_special(out.logits[:, -1], tok).softmax(dim=-1)
-        picked = torch.multinomial(chances, 1, generator=generator)
-        ids = torch.cat([ids, picked.to(device)], dim=-1)
-    return ids.cpu()
+    ids = torch.full((n_texts, 1), start_token(tok), device=computing_device(model))
+
+    def sampled(logits: Tensor) -> Tensor:
+        return torch.multinomial(without_special(logits, tok).softmax(dim=-1), 1, generator=generator)
+
+    return continued(model, ids, torch.ones_like(ids), length - 1, sampled).cpu()
 
 
 def spread(activations: Tensor) -> Tensor:
