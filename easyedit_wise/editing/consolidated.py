@@ -69,20 +69,24 @@ def with_elsewhere(elsewhere: Tensor | None, edits: Sequence[RecordedEdit]) -> T
 
 
 @torch.no_grad()
-def freed(equations: NormalEquations, own: Sequence[RecordedEdit], overruled: ScoredInputs | None) -> NormalEquations:
-    """Not quiet on a shard's own edits and on those that they overrule (see :mod:`.overruled`).
+def without_own(equations: NormalEquations, own: Sequence[RecordedEdit]) -> NormalEquations:
+    """Not quiet on edits of the shard itself, where :func:`with_elsewhere` counted them among all others."""
+    equations = without_overruled(equations, ScoredInputs.stack([edit.answered for edit in own]))
+    irrelevant = [edit.irrelevant for edit in own if edit.irrelevant is not None]
+    if not irrelevant:
+        return equations
+    return equations.no_longer_silent_on(ScoredInputs.stack(irrelevant).activations, 1.0)
+
+
+@torch.no_grad()
+def without_overruled(equations: NormalEquations, answered: ScoredInputs | None) -> NormalEquations:
+    """Not quiet on some edits that :func:`with_elsewhere` counted, such as those that are overruled.
 
     Args:
-        equations: quiet on :func:`with_elsewhere`, these among it.
-        own: edits of the shard.
-        overruled: prompts and targets of edits that other memories hold of the same prompts, or None.
+        equations: quiet on these.
+        answered: their prompts and targets, or None.
     """
-    irrelevant = [one.irrelevant for one in own if one.irrelevant is not None]
-    answered = [*(edit.answered for edit in own), *([] if overruled is None else [overruled])]
-    for some, weight in ((answered, _ELSEWHERE_WEIGHT), (irrelevant, 1.0)):
-        if some:
-            equations = equations.no_longer_silent_on(ScoredInputs.stack(some).activations, weight)
-    return equations
+    return equations if answered is None else equations.no_longer_silent_on(answered.activations, _ELSEWHERE_WEIGHT)
 
 
 def opened(
@@ -277,7 +281,7 @@ def train_into(
     """
     if shard.equations is None:
         raise ValueError("the shard has no least-squares problem: it was begun without consolidation.")
-    equations = freed(shard.equations, [], task.overruled)
+    equations = without_overruled(shard.equations, task.overruled)
     equations = with_irrelevant(equations, task, [one.irrelevant for one in recorded], hparams)
     quiet = equations
     if task.inherited is not None:  # what is the other edits' is divided out of this one's

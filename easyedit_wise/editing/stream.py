@@ -133,9 +133,9 @@ class EditStream:
         outcomes: list[EditOutcome] = []
         while len(outcomes) < len(requests):
             done, states = len(outcomes), self.layer.memories(self.adapter_name)
-            batch = requests[done : done + min(self.hparams.batch_size, room(states, self.hparams))]
+            count = min(self.hparams.batch_size, room(states, self.hparams))
             del states
-            batch = without_repeats(batch)
+            batch = without_repeats(requests[done : done + count])
             before = self.snapshot()
             try:
                 made = self._edit(batch, before.generator_state, on_iteration)
