@@ -39,7 +39,7 @@ class ConsolidationSettings:
     written: float = 2000.0
     """What text at large, written by the model itself, counts as in ``consolidation``, in tokens per 1000 columns like
     that; 0: none is written."""
-    capacity: float = 0.5
+    capacity: float = 0.25
     """A shard of ``consolidation`` is also full when the tokens of its edits, prompts and targets, are this many for
     each of its columns: what so many are told apart by is hardly quiet on other text any more. It takes the edit that
     fills it; 0: only ``save_freq`` and ``merge_freq`` count."""
@@ -81,7 +81,7 @@ class ConsolidationSettings:
         if not is_number(self.written) or not math.isfinite(self.written) or self.written < 0:
             raise ValueError(f"written is {self.written!r}: it must be a finite number of at least 0.")
         if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:
-            raise ValueError(f"capacity is {self.capacity!r}: it must be a finite number of at least 0, such as 0.5.")
+            raise ValueError(f"capacity is {self.capacity!r}: it must be a finite number of at least 0, such as 0.25.")
         check_choice("mask", self.mask, MASKS)
         for name in ("other_subjects", "scrambled", "after_answer"):
             check_count(name, getattr(self, name))

@@ -26,7 +26,7 @@ _ROUNDING = 1e-3
 # Of relative scores, what a newer memory needs of the largest. On ZsRE .85 to .7 serve edits and rephrasings alike.
 NEWEST_WITHIN = 0.75
 # And what it needs of the most that any competing memory sustains over so many tokens (docs/experiments.md).
-SUSTAINED_WITHIN = 0.7
+SUSTAINED_WITHIN = 0.75
 _SUSTAINED_TOKENS = 8
 # Of the score of its weakest edit, what a memory takes a query for one of its own edits from.
 RECOGNISED_FROM = 0.97
