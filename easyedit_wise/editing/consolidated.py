@@ -71,7 +71,7 @@ def with_elsewhere(elsewhere: Tensor | None, edits: Sequence[RecordedEdit]) -> T
 @torch.no_grad()
 def without_own(equations: NormalEquations, own: Sequence[RecordedEdit]) -> NormalEquations:
     """Not quiet on edits of the shard itself, where :func:`with_elsewhere` counted them among all others."""
-    equations = without_overruled(equations, ScoredInputs.stack([edit.answered for edit in own]))
+    equations = without_answered(equations, ScoredInputs.stack([edit.answered for edit in own]))
     irrelevant = [edit.irrelevant for edit in own if edit.irrelevant is not None]
     if not irrelevant:
         return equations
@@ -79,8 +79,8 @@ def without_own(equations: NormalEquations, own: Sequence[RecordedEdit]) -> Norm
 
 
 @torch.no_grad()
-def without_overruled(equations: NormalEquations, answered: ScoredInputs | None) -> NormalEquations:
-    """Not quiet on some edits that :func:`with_elsewhere` counted, such as those that are overruled.
+def without_answered(equations: NormalEquations, answered: ScoredInputs | None) -> NormalEquations:
+    """Not quiet on some edits' prompts and targets that :func:`with_elsewhere` counted, such as overruled ones'.
 
     Args:
         equations: quiet on these.
@@ -281,7 +281,7 @@ def train_into(
     """
     if shard.equations is None:
         raise ValueError("the shard has no least-squares problem: it was begun without consolidation.")
-    equations = without_overruled(shard.equations, task.overruled)
+    equations = without_answered(shard.equations, task.overruled)
     equations = with_irrelevant(equations, task, [one.irrelevant for one in recorded], hparams)
     quiet = equations
     if task.inherited is not None:  # what is the other edits' is divided out of this one's

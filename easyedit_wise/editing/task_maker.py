@@ -11,7 +11,7 @@ from ..data import neutral_prompts, other_subjects
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from ..tuner.memory import MemoryState
-from .consolidated import opened, rebuilt, with_elsewhere, with_inherited, without_overruled, without_own
+from .consolidated import opened, rebuilt, with_elsewhere, with_inherited, without_answered, without_own
 from .contexts import context_groups, in_groups
 from .held import HeldEdit
 from .inherited import Inherited, inherited_by
@@ -141,7 +141,7 @@ class TaskMaker:
         if others:
             for some in self._recorder.edits(held):
                 equations = without_own(equations, some)
-            equations = without_overruled(equations, self._overruled(kept, [one.request for one in others]))
+            equations = without_answered(equations, self._overruled(kept, [one.request for one in others]))
         for some in self._recorder.edits(kept):
             equations = rebuilt(equations, some, live.delta_weight, self.hparams)
         return with_inherited(equations, self._inherited(kept, others, memories), self.hparams)
