@@ -36,6 +36,10 @@ class ConsolidationSettings:
     after_answer: int = 12
     """Irrelevant tokens of ``consolidation`` that the model itself would write behind the target: the memory was picked
     for the prompt and goes on answering. 0: none are written."""
+    unfinished_names: float = 0.0
+    """Over 0: ``consolidation`` is quiet where a word of a known subject begins or a number in it goes on, as in many
+    other names, with this share of the weight of a prompt's token (``editing.unfinished``; docs/experiments.md, "S").
+    0: these tokens say what they were trained to, as all others."""
     written: float = 2000.0
     """What text at large, written by the model itself, counts as in ``consolidation``, in tokens per 1000 columns like
     that; 0: none is written."""
@@ -80,6 +84,14 @@ class ConsolidationSettings:
             )
         if not is_number(self.written) or not math.isfinite(self.written) or self.written < 0:
             raise ValueError(f"written is {self.written!r}: it must be a finite number of at least 0.")
+        if (
+            not is_number(self.unfinished_names)
+            or not math.isfinite(self.unfinished_names)
+            or self.unfinished_names < 0
+        ):
+            raise ValueError(
+                f"unfinished_names is {self.unfinished_names!r}: it must be a finite number of at least 0, such as 1."
+            )
         if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:
             raise ValueError(f"capacity is {self.capacity!r}: it must be a finite number of at least 0, such as 0.25.")
         check_choice("mask", self.mask, MASKS)
@@ -92,7 +104,8 @@ class ConsolidationSettings:
                 f"consolidation is {value} with mask: {self.mask}, but only a shard of whole columns is one "
                 "least-squares problem: set mask: columns, or consolidation: 0."
             )
-        for name in ("relative_scores", "other_subjects", "scrambled", "after_answer", "written", "capacity"):
+        needing = ("relative_scores", "other_subjects", "scrambled", "after_answer", "unfinished_names", "written")
+        for name in (*needing, "capacity"):
             if getattr(self, name) and value == 0:
                 raise ValueError(
                     f"{name} is {getattr(self, name)} without consolidation: set consolidation: 200, too, or take "

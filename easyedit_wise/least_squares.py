@@ -68,9 +68,11 @@ class NormalEquations:
         """With ``times`` a share more in ``outputs``, see :meth:`share`."""
         return replace(self, outputs=self.outputs + times * share)
 
-    def silent_on(self, activations: Tensor, weight: float) -> NormalEquations:
-        """With some tokens that shall get nothing: a_u, shape (N, d_in), each with the weight v."""
+    def silent_on(self, activations: Tensor, weight: float | Tensor) -> NormalEquations:
+        """With some tokens that shall get nothing: a_u, shape (N, d_in), each with the weight v, or its own of (N,)."""
         own = activations[:, self.columns].to(self.quiet.dtype)
+        if isinstance(weight, Tensor):
+            return replace(self, quiet=self.quiet + (own * weight[:, None].to(own)).T @ own)
         return replace(self, quiet=self.quiet + weight * (own.T @ own))
 
     def no_longer_silent_on(self, activations: Tensor, weight: float) -> NormalEquations:

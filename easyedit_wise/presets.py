@@ -65,6 +65,7 @@ _PAPER: dict[str, Any] = {
     "other_subjects": 0,
     "scrambled": 0,
     "after_answer": 0,
+    "unfinished_names": 0.0,
     "capacity": 0.0,
     "written": 0.0,
     "gain": 1.0,

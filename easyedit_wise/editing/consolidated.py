@@ -10,13 +10,14 @@ from torch import Tensor
 
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
+from .elsewhere import without_answered
 from .gain import SpokenEdit, write_amplified
 from .inherited import Inherited
 from .open_shard import WATCHED, OpenShard
 from .recorded import RecordedEdit
 from .scored import ScoredInputs
 from .steepest import train_steepest
-from .task import EditTask
+from .task import EditTask, RecordedContexts
 from .trainer import EditDivergedError, EditOutcome
 
 # What the setting `consolidation` counts per: a narrow layer has room for fewer tokens to be quiet on.
@@ -29,8 +30,6 @@ _PROMPT_WEIGHT = 3.0
 # What a target's tokens out of order count as, all of an edit's together, in prompts: they say what is new, and are
 # the loudest.
 _SCRAMBLED_TARGET_WEIGHT = 3.0
-# A token of an edit that another memory holds counts as this share of a token of its irrelevant prompt.
-_ELSEWHERE_WEIGHT = 0.3
 
 
 def columns_of(mask: Tensor) -> Tensor:
@@ -46,47 +45,6 @@ def columns_of(mask: Tensor) -> Tensor:
             "consolidation: 0 until the shard is full, or restore the model first."
         )
     return free.nonzero().squeeze(-1)
-
-
-@torch.no_grad()
-def with_elsewhere(elsewhere: Tensor | None, edits: Sequence[RecordedEdit]) -> Tensor | None:
-    """sum_u v_u a_u a_u^T of what other memories' edits and their irrelevant prompts give, with some more of them.
-
-    A sum of fixed size: what a stream has seen does not grow with it.
-
-    Args:
-        elsewhere: so far, shape (d_in, d_in); None without any.
-        edits: of other memories.
-    """
-    for edit in edits:
-        tokens = edit.answered.activations.float()
-        added = _ELSEWHERE_WEIGHT * (tokens.T @ tokens)
-        if edit.irrelevant is not None:
-            own = edit.irrelevant.activations.float()
-            added += own.T @ own
-        elsewhere = added if elsewhere is None else elsewhere + added
-    return elsewhere
-
-
-@torch.no_grad()
-def without_own(equations: NormalEquations, own: Sequence[RecordedEdit]) -> NormalEquations:
-    """Not quiet on edits of the shard itself, where :func:`with_elsewhere` counted them among all others."""
-    equations = without_answered(equations, ScoredInputs.stack([edit.answered for edit in own]))
-    irrelevant = [edit.irrelevant for edit in own if edit.irrelevant is not None]
-    if not irrelevant:
-        return equations
-    return equations.no_longer_silent_on(ScoredInputs.stack(irrelevant).activations, 1.0)
-
-
-@torch.no_grad()
-def without_answered(equations: NormalEquations, answered: ScoredInputs | None) -> NormalEquations:
-    """Not quiet on some edits' prompts and targets that :func:`with_elsewhere` counted, such as overruled ones'.
-
-    Args:
-        equations: quiet on these.
-        answered: their prompts and targets, or None.
-    """
-    return equations if answered is None else equations.no_longer_silent_on(answered.activations, _ELSEWHERE_WEIGHT)
 
 
 def opened(
@@ -137,8 +95,8 @@ def with_irrelevant(
     Args:
         equations: the shard's so far.
         task: the edits, with their prompts about other subjects, their targets' tokens out of order, what would follow
-            their targets, and other memories' edits about the same, whose tokens count as much as their own (a token
-            of both is the other's).
+            their targets, the tokens of names that are not finished yet, and other memories' edits about the same,
+            whose tokens count as much as their own (a token of both is the other's).
         own: the irrelevant prompt of each edit that has one.
         hparams: settings.
     """
@@ -154,6 +112,9 @@ def with_irrelevant(
         )
     if task.after_answers is not None:
         equations = equations.silent_on(task.after_answers.activations, 1.0)
+    for group in task.contexts if hparams.unfinished_names else ():
+        weights, quiet = hparams.unfinished_names * _context_weights(group, task), group.unfinished
+        equations = equations.silent_on(group.activations[quiet], weights[quiet])
     if task.related is not None:
         equations = equations.silent_on(task.related.activations, _PROMPT_WEIGHT)
     return equations
@@ -177,7 +138,11 @@ def _as_in_all_contexts(in_prompt: Tensor, hparams: WISEHyperParams) -> Tensor:
 
 @torch.no_grad()
 def with_trained(
-    equations: NormalEquations, task: EditTask, outputs: Sequence[Tensor], recorded: Sequence[RecordedEdit]
+    equations: NormalEquations,
+    task: EditTask,
+    outputs: Sequence[Tensor],
+    recorded: Sequence[RecordedEdit],
+    hparams: WISEHyperParams,
 ) -> tuple[NormalEquations, list[SpokenEdit]]:
     """With the edits of a task, which shall say what they were trained to at every token of their contexts.
 
@@ -186,6 +151,7 @@ def with_trained(
         task: the edits.
         outputs: for each group of contexts y_t of its tokens, shape (N_g, d_out).
         recorded: the edits as the router sees them.
+        hparams: settings.
 
     Returns:
         (the problem with them, each one's share of it).
@@ -193,19 +159,24 @@ def with_trained(
     shares = [torch.zeros_like(equations.outputs) for _ in recorded]
     prompts = [torch.zeros_like(equations.outputs) for _ in recorded]
     for group, said in zip(task.contexts, outputs, strict=True):
-        rows, length = group.batch.input_ids.shape
-        row = group.positions // length
-        per_edit = rows // task.n_edits
-        # The plain prompt stands in every group, and counts once.
-        weights = torch.where(row % per_edit == 0, 1.0 / len(task.contexts), _CONTEXT_WEIGHT)
-        in_prompt = group.batch.prompt_mask.flatten()[group.positions]
-        weights = torch.where(in_prompt, _PROMPT_WEIGHT * weights, weights)
+        weights = _context_weights(group, task)
+        if hparams.unfinished_names:  # the quiet side has these
+            weights = torch.where(group.unfinished, 0.0, weights)
         equations = equations.saying(group.activations, said, weights)
+        edit = group.row // (len(group.batch.input_ids) // task.n_edits)
         for index in range(len(recorded)):
-            own = row // per_edit == index
-            for total, some in ((shares[index], own), (prompts[index], own & in_prompt)):
+            own = edit == index
+            for total, some in ((shares[index], own), (prompts[index], own & group.in_prompt)):
                 total += equations.share(group.activations[some], said[some], weights[some])
     return equations, [SpokenEdit(*one) for one in zip(recorded, shares, prompts, strict=True)]
+
+
+def _context_weights(group: RecordedContexts, task: EditTask) -> Tensor:
+    """What each token of some contexts counts, shape (N,)."""
+    # The plain prompt stands in every group, and counts once.
+    plain = group.row % (len(group.batch.input_ids) // task.n_edits) == 0
+    weights = torch.where(plain, 1.0 / len(task.contexts), _CONTEXT_WEIGHT)
+    return torch.where(group.in_prompt, _PROMPT_WEIGHT * weights, weights)
 
 
 def keep_to_norm_constraint(delta_weight: Tensor, hparams: WISEHyperParams) -> None:
@@ -288,6 +259,6 @@ def train_into(
         quiet = quiet.silent_on(task.inherited.activations, _PROMPT_WEIGHT)
     trained = train_steepest(quiet, len(delta_weight), task, hparams, step, label, on_iteration)
     equations = with_inherited(equations, task.inherited, hparams)
-    equations, spoken = with_trained(equations, task, trained.outputs, recorded)
+    equations, spoken = with_trained(equations, task, trained.outputs, recorded, hparams)
     shard = replace(shard, equations=equations, spoken=(*shard.spoken, *spoken))
     return write_solution(shard, delta_weight, hparams), trained.losses

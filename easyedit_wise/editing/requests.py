@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .unfinished import unfinished_tokens
+
 
 @dataclass(frozen=True)
 class EditRequest:
@@ -108,6 +110,8 @@ class TokenBatch:
         prompt_mask: shape (B, T), True on the real tokens before the target: what a user's query has.
         target_mask: shape (B, T), True on the target's tokens.
         subject_mask: shape (B, T), True on the subject's tokens in the prompt; None where no subject is known.
+        unfinished_mask: shape (B, T), True on the prompt's tokens of names that are not finished yet, see
+            :mod:`.unfinished`; None where there is none.
         pads_count: padding is as good as a token (``padded_batch``); ``prompt_mask`` is then what is scored, all of it.
     """
 
@@ -116,6 +120,7 @@ class TokenBatch:
     prompt_mask: Tensor
     target_mask: Tensor
     subject_mask: Tensor | None = None
+    unfinished_mask: Tensor | None = None
     pads_count: bool = False
 
     @property
@@ -217,15 +222,20 @@ def pair_batch(
     prompt_mask = attention_mask.bool() & ~target_mask
     if requests is None or isinstance(requests, EditRequest):
         requests = [requests] * len(prompts) if requests else []
-    found = [subject_tokens(tok, prompt, request) for prompt, request in zip(prompts, requests, strict=False)]
-    subject_mask = None
-    if found and all(found):
-        subject_mask = torch.zeros_like(prompt_mask)
-        for row, places in enumerate(found):
-            offset = input_ids.shape[1] - len(pairs[row][0])
-            subject_mask[row, [offset + place for place in places]] = True
-        subject_mask &= prompt_mask
-    return TokenBatch(input_ids, attention_mask, prompt_mask, target_mask, subject_mask)
+    asked = list(zip(prompts, requests, strict=False))
+    starts_at = [input_ids.shape[1] - len(tokens) for tokens, _ in pairs]
+
+    def marked(places: Sequence[Sequence[int]]) -> Tensor:
+        mask = torch.zeros_like(prompt_mask)
+        for row, (start, own) in enumerate(zip(starts_at, places, strict=False)):
+            mask[row, [start + place for place in own]] = True
+        return mask & prompt_mask
+
+    found = [subject_tokens(tok, prompt, request) for prompt, request in asked]
+    subject_mask = marked(found) if found and all(found) else None
+    unfinished = [unfinished_tokens(tok, prompt, request.subject) for prompt, request in asked]
+    unfinished_mask = marked(unfinished) if any(unfinished) else None
+    return TokenBatch(input_ids, attention_mask, prompt_mask, target_mask, subject_mask, unfinished_mask)
 
 
 def subject_tokens(tok: Any, text: str, request: EditRequest) -> list[int]:

@@ -18,7 +18,8 @@ from ..hparams import WISEHyperParams
 from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, MemoryState
-from .consolidated import train_into, with_elsewhere
+from .consolidated import train_into
+from .elsewhere import with_elsewhere
 from .held import CommitSink, Committed, HeldEdit, Snapshot
 from .level import write_level
 from .open_shard import OpenShard

@@ -41,6 +41,22 @@ class RecordedContexts:
         activations = prefix.take_layer_input().flatten(0, 1)[positions].to(dtype)
         return cls(batch, prefix, activations, positions)
 
+    @property
+    def row(self) -> Tensor:
+        """The sequence of each of the N tokens, shape (N,)."""
+        return self.positions // self.batch.input_ids.shape[1]
+
+    @property
+    def in_prompt(self) -> Tensor:
+        """Which of the N tokens stand before the target, bool, shape (N,)."""
+        return self.batch.prompt_mask.flatten()[self.positions]
+
+    @property
+    def unfinished(self) -> Tensor:
+        """Which of the N tokens are of names that are not finished yet, bool, shape (N,); see :mod:`.unfinished`."""
+        mask = self.batch.unfinished_mask
+        return torch.zeros_like(self.in_prompt) if mask is None else mask.flatten()[self.positions]
+
     def logits(self, product: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
         """The model's logits at some positions with W_v a + dW a as the layer's output.
 

@@ -11,8 +11,9 @@ from ..data import neutral_prompts, other_subjects
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from ..tuner.memory import MemoryState
-from .consolidated import opened, rebuilt, with_elsewhere, with_inherited, without_answered, without_own
+from .consolidated import opened, rebuilt, with_inherited
 from .contexts import context_groups, in_groups
+from .elsewhere import with_elsewhere, without_answered, without_own
 from .held import HeldEdit
 from .inherited import Inherited, inherited_by
 from .open_shard import OpenShard

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..editing.consolidated import with_elsewhere
+from ..editing.elsewhere import with_elsewhere
 from ..editing.held import HeldEdit, Snapshot
 from ..editing.requests import EditRequest
 from ..editing.stream import EditStream
@@ -44,7 +44,9 @@ LOG = logging.getLogger(__name__)
 OnEdit = Callable[[int, EditRequest, EditOutcome], object]
 
 # A call names all settings that there were: what these, which came later, are where nothing is done.
-_AS_BEFORE: Mapping[str, Any] = MappingProxyType({"prompt_gain": 1.0, "level_limit": 0.0, "after_answer": 0})
+_AS_BEFORE: Mapping[str, Any] = MappingProxyType(
+    {"prompt_gain": 1.0, "level_limit": 0.0, "after_answer": 0, "unfinished_names": 0.0}
+)
 
 
 def attached(

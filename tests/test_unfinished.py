@@ -1,0 +1,141 @@
+"""Names that are not finished yet."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from editing_helpers import settings
+from hypothesis import given
+from hypothesis import strategies as st
+from test_consolidated import ON
+from test_requests import Characters
+
+from easyedit_wise.easyedit.apply import apply_wise_to_model, stream_of
+from easyedit_wise.editing.consolidated import with_irrelevant, with_trained
+from easyedit_wise.editing.open_shard import OpenShard
+from easyedit_wise.editing.recorder import plain_edits
+from easyedit_wise.editing.requests import EditRequest, pair_batch
+from easyedit_wise.editing.unfinished import unfinished_tokens
+from easyedit_wise.least_squares import NormalEquations
+from easyedit_wise.tuner.model import find_wise_layers
+
+CPU = torch.device("cpu")
+NAMED = EditRequest("Who wrote Zürich 42 in Lyon?", "nobody", subject="Zürich 42")
+
+
+class Pieces:
+    """A tokenizer whose tokens are up to three letters or digits, with the space before them, or one other sign."""
+
+    is_fast = True
+
+    def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+        return {"offset_mapping": [found.span() for found in re.finditer(r" ?\w{1,3}| ?[^\w\s]", text)]}
+
+
+def unfinished(text: str, subject: str | None) -> list[str]:
+    offsets = Pieces()(text)["offset_mapping"]
+    return [text[slice(*offsets[place])] for place in unfinished_tokens(Pieces(), text, subject)]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Alexander Edler", [" Ale", " Edl"]),
+        ("Edler", [" Edl"]),  # its "er" is the name's last
+        ("Ann", []),
+        ("HD 1809024", [" HD", " 180", "902"]),  # a number that goes on could go on otherwise
+        ("U-270", [" U", "-"]),
+        ("Jo (a+b)", [" Jo", " (", "a", "+", "b"]),  # no pattern
+    ],
+)
+def test_the_beginnings_of_words_and_numbers_that_go_on(name: str, expected: list[str]) -> None:
+    assert unfinished(f"Who is {name}", name) == expected
+
+
+def test_wherever_the_name_stands_and_in_whatever_case() -> None:
+    assert unfinished("edler is who? So is Edler", "Edler") == ["edl", " Edl"]
+
+
+@pytest.mark.parametrize("subject", [None, "", "Paris", "?"])
+def test_where_nothing_is_unfinished(tok: Any, subject: str | None) -> None:
+    assert unfinished("Who wrote Lyon?", subject) == []
+    assert unfinished_tokens(Characters(), "Who wrote Lyon?", "Lyon") == []  # knows no offsets
+
+
+@given(st.text("ab Zü42?", min_size=1, max_size=8).filter(str.strip), st.text("ab Zü42?", max_size=8))
+def test_the_last_token_of_a_name_is_never_among_them(tok: Any, subject: str, before: str) -> None:
+    text = before + subject
+    places = unfinished_tokens(tok, text, subject)
+    assert places == sorted(places)
+    assert len(tok(text)["input_ids"]) - 1 not in places
+
+
+def test_a_batch_marks_them_in_every_context(tok: Any) -> None:
+    texts = [NAMED.prompt, f"So. {NAMED.prompt}", "So. Zürich 42", "Nothing of it"]
+    batch = pair_batch(tok, texts, NAMED.target, CPU, NAMED)
+    assert batch.unfinished_mask is not None
+    marked = [batch.input_ids[row][batch.unfinished_mask[row]] for row in range(4)]
+    for row, text in enumerate(texts):
+        ids = torch.tensor(tok(text)["input_ids"])
+        assert torch.equal(marked[row], ids[unfinished_tokens(tok, text, NAMED.subject)])
+    assert [len(one) > 0 for one in marked] == [True, True, True, False]
+    assert not (batch.unfinished_mask & ~batch.prompt_mask).any()
+    assert pair_batch(tok, texts, NAMED.target, CPU, replace(NAMED, subject=None)).unfinished_mask is None
+
+
+def test_each_is_quiet_with_the_weight_of_a_prompts_token_and_says_nothing(llama: Any, tok: Any) -> None:
+    hparams = settings(**ON | {"unfinished_names": 0.5, "mask_ratio": 1.0, "n_contexts": 1, "contexts_per_step": None})
+    stream = stream_of(llama, tok, hparams)
+    task = stream._tasks.task([NAMED], [None], [], OpenShard())
+    (group,) = task.contexts
+    assert 0 < int(group.unfinished.sum()) < len(group.activations)
+    empty = NormalEquations.empty(torch.arange(stream.layer.in_features), stream.layer.out_features)
+    quiet = with_irrelevant(empty, replace(task, about_others=None), [], hparams).quiet
+    # 3 for a token of the plain prompt, .3 of that in another context, and half of either is asked for.
+    weights = torch.where(group.row == 0, 1.5, 0.45)[group.unfinished]
+    tokens = group.activations[group.unfinished]
+    torch.testing.assert_close(quiet, (tokens * weights[:, None]).T @ tokens)
+
+    recorded = plain_edits(group, [None], False)
+    outputs = torch.ones(len(group.activations), stream.layer.out_features)
+    said, (spoken,) = with_trained(empty, task, [outputs], recorded, hparams)
+    assert not torch.equal(said.edits, with_trained(empty, task, [outputs], recorded, settings(**ON))[0].edits)
+    where = ~group.unfinished
+    others = torch.where(group.in_prompt, 3.0, 1.0) * torch.where(group.row == 0, 1.0, 0.3)
+    kept = group.activations[where]
+    torch.testing.assert_close(said.edits, (kept * others[where, None]).T @ kept)
+    torch.testing.assert_close(spoken.share, said.outputs)
+
+
+def test_a_memory_is_not_active_at_the_beginning_of_a_name(llama: Any, tok: Any) -> None:
+    """What tells its edit from others is the finished name: at its beginning any other may follow."""
+
+    def share_at_the_beginning(weight: float) -> float:
+        asked = [{"prompt": NAMED.prompt, "target_new": NAMED.target, "subject": NAMED.subject}]
+        hparams = settings(**ON | {"unfinished_names": weight, "mask_ratio": 1.0, "n_iter": 20})
+        model, restore = apply_wise_to_model(llama, tok, asked, hparams)
+        (layer,) = find_wise_layers(model).values()
+        recorder = layer.edit_stream._recorder
+        (state,) = layer.memories("default")
+        tokens = recorder.scored([NAMED.prompt]).activations.float()
+        scores = (tokens @ state.delta_weight.T).norm(dim=-1) / tokens.norm(dim=-1)
+        places = unfinished_tokens(tok, NAMED.prompt, NAMED.subject)
+        restore()
+        return float(scores[places].max() / scores.max())
+
+    assert share_at_the_beginning(1.0) < 0.5 * share_at_the_beginning(0.0)
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), "much", True])
+def test_a_weight_out_of_range(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"unfinished_names is .*at least 0"):
+        settings(**ON | {"unfinished_names": value})
+
+
+def test_without_consolidation_there_is_nothing_to_be_quiet_in() -> None:
+    with pytest.raises(ValueError, match=r"unfinished_names is 1\.0 without consolidation"):
+        settings(unfinished_names=1.0)
