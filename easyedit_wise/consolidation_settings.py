@@ -40,6 +40,8 @@ class ConsolidationSettings:
     """Over 0: ``consolidation`` is quiet where a word of a known subject begins or a number in it goes on, as in many
     other names, with this share of the weight of a prompt's token (``editing.unfinished``; docs/experiments.md, "S").
     0: these tokens say what they were trained to, as all others."""
+    unfinished_names_after: int = 10
+    """In memories with at least so many before them alone: among few hardly any unrelated prompt finds such a name."""
     written: float = 2000.0
     """What text at large, written by the model itself, counts as in ``consolidation``, in tokens per 1000 columns like
     that; 0: none is written."""
@@ -95,7 +97,7 @@ class ConsolidationSettings:
         if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:
             raise ValueError(f"capacity is {self.capacity!r}: it must be a finite number of at least 0, such as 0.25.")
         check_choice("mask", self.mask, MASKS)
-        for name in ("other_subjects", "scrambled", "after_answer"):
+        for name in ("other_subjects", "scrambled", "after_answer", "unfinished_names_after"):
             check_count(name, getattr(self, name))
         for name in ("relative_scores", "varied_contexts"):
             check_switch(name, getattr(self, name))

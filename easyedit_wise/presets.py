@@ -66,6 +66,7 @@ _PAPER: dict[str, Any] = {
     "scrambled": 0,
     "after_answer": 0,
     "unfinished_names": 0.0,
+    "unfinished_names_after": 0,
     "capacity": 0.0,
     "written": 0.0,
     "gain": 1.0,

@@ -31,7 +31,11 @@ _SUSTAINED_TOKENS = 8
 # Of the score of its weakest edit, what a memory takes a query for one of its own edits from.
 RECOGNISED_FROM = 0.97
 # How fast further memories grow stricter: a short stream can do with lax ones (docs/experiments.md).
-_SPENDING = 0.4
+SPENDING = 0.4
+# Memories of which the first may stay as lax as they are.
+_FEW_MEMORIES = 10
+# In a longer stream the first are as strict as the memory at this share of the further ones.
+_SHARE_OF_FURTHER = 0.25
 
 
 def routing_activation(activations: Tensor, delta_weight: Tensor) -> Tensor:
@@ -208,23 +212,55 @@ def minimum_threshold(edit_scores: Sequence[float], act_ratio: float = 1.0) -> f
     return float(act_ratio) * float(min(edit_scores)) * (1 - _ROUNDING)
 
 
-def spent_position(position: float, n_earlier: int) -> float:
+def spent_position(position: float, n_earlier: int, spending: float = SPENDING) -> float:
     """Where in its gap the threshold of one more memory lies, so that many memories do not let more prompts fire.
 
     An unrelated prompt fires if any of the memories lets it, so each further one has to be stricter than the one
     before, as in sequential testing, where every test spends less of what may go wrong in all of them together
-    ("alpha spending"). The distance to the edits' side shrinks with the number of memories to the power of -0.4.
+    ("alpha spending"). The distance to the edits' side shrinks with the number of memories to a negative power.
 
     Args:
         position: of the first memory, in [0, 1], see :func:`calibrated_threshold`.
         n_earlier: memories that are there already.
+        spending: the power, but for its sign; 0: all are alike.
 
     Raises:
         ValueError: a negative number of memories.
     """
     if n_earlier < 0:
         raise ValueError(f"n_earlier={n_earlier}: a memory cannot have fewer than no others before it.")
-    return 1.0 - (1.0 - position) * (1.0 + n_earlier) ** -_SPENDING
+    return 1.0 - (1.0 - position) * (1.0 + n_earlier) ** -spending
+
+
+def strictness(place: int, n_memories: int) -> int:
+    """How many memories stand before one, for :func:`spent_position`, or as if they stood before it.
+
+    The first memory of a hundred lets no fewer unrelated prompts fire than the first of ten. Nobody knows how long a
+    stream will be when it begins; so the first ones grow stricter as more follow.
+
+    Args:
+        place: how many memories are before it.
+        n_memories: how many there are by now.
+    """
+    return max(place, int(_SHARE_OF_FURTHER * max(0, n_memories - _FEW_MEMORIES)))
+
+
+def stricter_threshold(
+    epsilon: float, weakest_edit: float, was: int, shall_be: int, spending: float = SPENDING
+) -> float:
+    """A threshold moved towards its edits' side, from the position at one number of memories to that at another.
+
+    Args:
+        epsilon: the threshold.
+        weakest_edit: the edits' side of its gap. Where epsilon exceeds it, or it is infinite, nothing is changed.
+        was: the memories before it, as which epsilon was set, see :func:`strictness`.
+        shall_be: at least as many.
+        spending: see :func:`spent_position`.
+    """
+    distance = weakest_edit - epsilon
+    if was == shall_be or not 0.0 < distance < math.inf:
+        return epsilon
+    return weakest_edit - distance * ((1.0 + was) / (1.0 + shall_be)) ** spending
 
 
 def calibrated_threshold(

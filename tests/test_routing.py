@@ -19,6 +19,8 @@ from easyedit_wise.routing import (
     pool,
     routing_activation,
     spent_position,
+    stricter_threshold,
+    strictness,
     sustained_activation,
     upstream_activation,
 )
@@ -300,6 +302,31 @@ def test_each_further_memory_is_stricter() -> None:
     assert spent_position(1.0, 7) == 1.0
     with pytest.raises(ValueError, match="-1"):
         spent_position(0.5, -1)
+
+
+def test_among_many_memories_the_first_are_as_strict_as_a_later_one() -> None:
+    assert [strictness(place, 10) for place in range(10)] == list(range(10))
+    assert strictness(0, 13) == 0
+    assert [strictness(place, 22) for place in (0, 2, 3, 4, 21)] == [3, 3, 3, 4, 21]
+    assert strictness(0, 0) == 0
+
+
+def test_a_threshold_grows_stricter_as_if_more_memories_had_been_before_it() -> None:
+    # The distance to the weakest edit is 4, and (1 + 0) / (1 + 31) to the power of .4 is a quarter.
+    assert stricter_threshold(2.0, 6.0, 0, 31) == pytest.approx(5.0)
+    scores, quiet = [6.0, 7.0], [1.0]
+    was, shall_be = (calibrated_threshold(scores, quiet, spent_position(0.3, n)) for n in (2, 9))
+    assert stricter_threshold(was, 6.0, 2, 9) == pytest.approx(shall_be)
+    assert stricter_threshold(stricter_threshold(was, 6.0, 2, 5), 6.0, 5, 9) == pytest.approx(shall_be)
+
+
+@pytest.mark.parametrize(("epsilon", "weakest"), [(2.0, math.inf), (2.0, 1.0), (2.0, 2.0), (0.0, math.inf)])
+def test_a_threshold_stays_where_there_is_no_gap(epsilon: float, weakest: float) -> None:
+    assert stricter_threshold(epsilon, weakest, 0, 31) == epsilon
+
+
+def test_a_threshold_for_as_many_memories_stays_to_the_last_digit() -> None:
+    assert stricter_threshold(0.1, 0.7, 3, 3) == 0.1
 
 
 @pytest.mark.parametrize("position", [0.0, 0.5, 1.0])

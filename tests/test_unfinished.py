@@ -21,6 +21,7 @@ from easyedit_wise.editing.recorder import plain_edits
 from easyedit_wise.editing.requests import EditRequest, pair_batch
 from easyedit_wise.editing.unfinished import unfinished_tokens
 from easyedit_wise.least_squares import NormalEquations
+from easyedit_wise.tuner.memory import MemoryState
 from easyedit_wise.tuner.model import find_wise_layers
 
 CPU = torch.device("cpu")
@@ -88,7 +89,16 @@ def test_a_batch_marks_them_in_every_context(tok: Any) -> None:
 
 
 def test_each_is_quiet_with_the_weight_of_a_prompts_token_and_says_nothing(llama: Any, tok: Any) -> None:
-    hparams = settings(**ON | {"unfinished_names": 0.5, "mask_ratio": 1.0, "n_contexts": 1, "contexts_per_step": None})
+    hparams = settings(
+        **ON
+        | {
+            "unfinished_names": 0.5,
+            "unfinished_names_after": 0,
+            "mask_ratio": 1.0,
+            "n_contexts": 1,
+            "contexts_per_step": None,
+        }
+    )
     stream = stream_of(llama, tok, hparams)
     task = stream._tasks.task([NAMED], [None], [], OpenShard())
     (group,) = task.contexts
@@ -116,7 +126,8 @@ def test_a_memory_is_not_active_at_the_beginning_of_a_name(llama: Any, tok: Any)
 
     def share_at_the_beginning(weight: float) -> float:
         asked = [{"prompt": NAMED.prompt, "target_new": NAMED.target, "subject": NAMED.subject}]
-        hparams = settings(**ON | {"unfinished_names": weight, "mask_ratio": 1.0, "n_iter": 20})
+        changes = {"unfinished_names": weight, "unfinished_names_after": 0, "mask_ratio": 1.0, "n_iter": 20}
+        hparams = settings(**ON | changes)
         model, restore = apply_wise_to_model(llama, tok, asked, hparams)
         (layer,) = find_wise_layers(model).values()
         recorder = layer.edit_stream._recorder
@@ -128,6 +139,31 @@ def test_a_memory_is_not_active_at_the_beginning_of_a_name(llama: Any, tok: Any)
         return float(scores[places].max() / scores.max())
 
     assert share_at_the_beginning(1.0) < 0.5 * share_at_the_beginning(0.0)
+
+
+def test_only_memories_after_so_many_others(llama: Any, tok: Any) -> None:
+    asked = [{"prompt": f"Zürich {n} is", "target_new": "Lyon", "subject": f"Zürich {n}"} for n in (142, 305, 761)]
+
+    def memories(**changes: Any) -> list[MemoryState]:
+        hparams = settings(**ON | {"save_freq": 1, "merge_freq": 1, "mask_ratio": 1.0} | changes)
+        model, restore = apply_wise_to_model(llama, tok, asked, hparams)
+        (layer,) = find_wise_layers(model).values()
+        states = layer.memories("default")
+        restore()
+        return states
+
+    without = memories(unfinished_names=0.0, unfinished_names_after=1)
+    later = memories(unfinished_names=1.0, unfinished_names_after=1)
+    assert torch.equal(later[0].delta_weight, without[0].delta_weight)
+    assert later[0].epsilon == without[0].epsilon
+    for place in (1, 2):
+        assert not torch.equal(later[place].delta_weight, without[place].delta_weight)
+
+
+@pytest.mark.parametrize("value", [-1, 0.5, True, None])
+def test_a_number_of_memories_out_of_range(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"unfinished_names_after is .*whole number"):
+        settings(**ON | {"unfinished_names_after": value})
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), "much", True])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,13 @@ _EASYEDITS_EARLIER = 0.6
 def shard_size(hparams: WISEHyperParams) -> int:
     """Edits that one shard takes."""
     return hparams.save_freq or hparams.merge_freq
+
+
+def settings_after(hparams: WISEHyperParams, n_earlier: int) -> WISEHyperParams:
+    """The settings of a shard with so many memories before it: ``unfinished_names`` is of later ones alone."""
+    if not hparams.unfinished_names or n_earlier >= hparams.unfinished_names_after:
+        return hparams
+    return replace(hparams, unfinished_names=0.0)
 
 
 def with_live_shard(

@@ -33,12 +33,13 @@ from .shards import (
     put_back,
     room,
     set_aside,
+    settings_after,
     with_epsilon_as_trained,
     with_live_shard,
 )
 from .task import EditTask
 from .task_maker import TaskMaker
-from .thresholds import calibrated, with_thresholds
+from .thresholds import calibrated, stricter, with_thresholds
 from .trainer import EditOutcome, train_edit
 
 
@@ -254,8 +255,9 @@ class EditStream:
             equations = self._tasks.equations(live, held, kept, self._elsewhere, outside, memories)
             shard = replace(shard, equations=equations)
         step = self.hparams.edit_lr * (self._recorder.units().output_norm if self.hparams.layer_units else 1.0)
+        hparams = settings_after(self.hparams, self._n_earlier(place))
         shard, outcome = train_into(
-            live.delta_weight, shard, task, recorded, self.hparams, step, self._label(requests), on_iteration
+            live.delta_weight, shard, task, recorded, hparams, step, self._label(requests), on_iteration
         )
         if self.hparams.level_limit:
             write_level(self._recorder, self._tasks.answered_by([*held, *requests], outside), live.delta_weight)
@@ -313,7 +315,7 @@ class EditStream:
         if not self.hparams.epsilon_as_trained:
             state, requests = closed.states[closed.changed], self._requests_in(closed.changed)
             closed.states[closed.changed] = calibrated(self._recorder, state, requests, self._n_earlier(closed.changed))
-        return closed.states
+        return stricter(closed.states, sum(state.stage == MERGED for state in states), self.hparams)
 
     def _n_earlier(self, place: int) -> int:
         # The shards of WISE-Merge become one memory before long.

@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 from ..hparams import WISEHyperParams
-from ..routing import calibrated_threshold, minimum_threshold, spent_position
-from ..tuner.memory import MemoryState
+from ..routing import SPENDING, calibrated_threshold, minimum_threshold, spent_position, stricter_threshold, strictness
+from ..tuner.memory import MERGED, MemoryState
 from .recorded import EditScores, edit_scores
 from .recorder import PromptRecorder
 from .requests import EditRequest
 from .scored import ScoredInputs
+from .shards import settings_after
 
 # One text in so many may be about an edit: those of the demo are about France, the Sun and pizza.
 _ABOUT_AN_EDIT = 20
+# How fast memories that are quiet on unfinished names grow stricter: hardly an unrelated prompt is as loud as an edit.
+_SPENDING_OF_QUIET_ONES = 0.2
 
 
 def threshold(
@@ -51,7 +54,8 @@ def threshold(
             irrelevant += sorted(texts.scores(delta_weight, hparams).tolist())[
                 : len(texts) - len(texts) // _ABOUT_AN_EDIT
             ]
-    return calibrated_threshold(edits, irrelevant, spent_position(hparams.epsilon_position, n_earlier))
+    spending = _SPENDING_OF_QUIET_ONES if settings_after(hparams, n_earlier).unfinished_names else SPENDING
+    return calibrated_threshold(edits, irrelevant, spent_position(hparams.epsilon_position, n_earlier, spending))
 
 
 def with_thresholds(
@@ -78,3 +82,21 @@ def calibrated(
     for recorded in recorder.edits(requests):
         scores += edit_scores(recorded, state.delta_weight, recorder.hparams)
     return with_thresholds(recorder, state, scores, n_earlier) if scores else state
+
+
+def stricter(states: Sequence[MemoryState], n_closed: int, hparams: WISEHyperParams) -> list[MemoryState]:
+    """The memories, of which the first grow stricter where further ones were closed (``routing.strictness``).
+
+    Args:
+        states: all memories.
+        n_closed: how many of them were closed when their thresholds were set.
+        hparams: settings; only a calibrated threshold is moved.
+    """
+    if hparams.act_ratio is not None or not hparams.retrieve:
+        return list(states)
+    n_now = sum(state.stage == MERGED for state in states)
+    grown: list[MemoryState] = []
+    for place, state in enumerate(states):
+        was, shall_be = strictness(place, n_closed), strictness(place, n_now)
+        grown.append(state.with_(epsilon=stricter_threshold(state.epsilon, state.weakest_edit, was, shall_be)))
+    return grown

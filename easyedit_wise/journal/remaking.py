@@ -6,10 +6,12 @@ its place. But no memory holds it, and it takes one shard's time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from ..editing.requests import continued
 from ..editing.stream import EditStream
+from ..routing import stricter_threshold, strictness
 from ..tuner.memory import MERGED
 from .database import JournalError
 from .entries import EditEntry, SnapshotEntry, StateEntry
@@ -82,10 +84,11 @@ def put_without(
         EditDivergedError: an edit cannot be made again.
     """
     edits, first = journal.edits(), alone.n_before
+    calibrated = _settings_of(journal, edit).get("act_ratio") is None
     blobs: dict[str, bytes] = {}
     state = _made_again(stream, journal, alone, blobs, on_edit) if alone.others else None
     snapshots = [
-        _without(snapshot, edits.index(edit), alone.place, state)
+        _without(snapshot, edits.index(edit), alone.place, state, calibrated)
         for snapshot in journal.complete_snapshots(first + len(alone.others) + 1)
         if snapshot.n_edits - 1 > first
     ]
@@ -110,7 +113,9 @@ def _made_again(
     return state_entry(memories[place], blobs)
 
 
-def _without(snapshot: SnapshotEntry, gone: int, place: int, state: StateEntry | None) -> SnapshotEntry:
+def _without(
+    snapshot: SnapshotEntry, gone: int, place: int, state: StateEntry | None, calibrated: bool
+) -> SnapshotEntry:
     """A later snapshot, in which the memory is another one, or is not there."""
     held = [memory for index, memory in enumerate(snapshot.held) if index != gone]
     states = [*snapshot.states]
@@ -118,8 +123,16 @@ def _without(snapshot: SnapshotEntry, gone: int, place: int, state: StateEntry |
         del states[place]
         held = [memory - (memory > place) for memory in held]
     else:
-        states[place] = vars(state)
+        states[place] = vars(_grown(state, place, snapshot) if calibrated else state)
     return SnapshotEntry(**{**vars(snapshot), "n_edits": snapshot.n_edits - 1, "states": states, "held": held})
+
+
+def _grown(state: StateEntry, place: int, snapshot: SnapshotEntry) -> StateEntry:
+    """A memory that was just closed, with the threshold that it has after the memories behind it."""
+    n_closed = sum(one.stage == MERGED for one in snapshot.memories)
+    weakest = math.inf if state.weakest_edit is None else state.weakest_edit
+    was, shall_be = strictness(place, place + 1), strictness(place, n_closed)
+    return replace(state, epsilon=stricter_threshold(state.epsilon, weakest, was, shall_be))
 
 
 def _settings_of(journal: Journal, edit: EditEntry) -> dict[str, object]:

@@ -1,0 +1,96 @@
+"""Thresholds of further memories, and of the first ones once there are many."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LAYERS
+from editing_helpers import only_layer, settings
+from test_consolidated import ON
+from test_journal import closed, edited, memories
+
+from easyedit_wise import routing
+from easyedit_wise.easyedit.apply import apply_wise_to_model, stream_of
+from easyedit_wise.editing.recorded import EditScores
+from easyedit_wise.editing.requests import EditRequest
+from easyedit_wise.editing.scored import ScoredInputs
+from easyedit_wise.editing.thresholds import stricter, threshold
+from easyedit_wise.journal.forgetting import forget
+from easyedit_wise.tuner.memory import LIVE, MERGED, MemoryState
+
+EACH_ALONE = ON | {"save_freq": 1, "merge_freq": 1}
+FIRST, SECOND = "Madrid", "Oslo"
+
+
+def asked(n: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"The town number {i} is", "target_new": (FIRST, SECOND)[i % 2]} for i in range(11, 11 + n)]
+
+
+def of(epsilon: float, weakest: float, stage: str = MERGED) -> MemoryState:
+    mask = torch.ones(1, 1, dtype=torch.bool) if stage == LIVE else None
+    return MemoryState(stage, torch.zeros(1, 1), mask, epsilon, 1, weakest)
+
+
+@pytest.mark.parametrize(
+    ("n_earlier", "of_the_gap"),
+    [(0, 0.75), (1, 0.75 * 2**-0.4), (2, 0.75 * 3**-0.2), (31, 0.75 / 2)],  # quiet on names from the third on
+)
+def test_memories_that_are_quiet_on_unfinished_names_are_laxer(n_earlier: int, of_the_gap: float) -> None:
+    neutral = ScoredInputs(torch.tensor([[2.0, 0.0], [0.5, 0.0]]), torch.eye(2).bool())
+    changes = ON | {"unfinished_names": 1.0, "unfinished_names_after": 2, "epsilon_position": 0.25}
+    hparams = settings(LAYERS["llama"], **changes | {"relative_scores": False})
+    epsilon = threshold([EditScores(4.0, 7.0)], neutral, torch.eye(2), hparams, n_earlier)
+    assert epsilon == pytest.approx(4.0 - of_the_gap * (4.0 - 2.0))
+
+
+def test_the_first_memories_grow_stricter() -> None:
+    states = [of(1.0, 3.0) for _ in range(14)]
+    calibrated = settings(retrieve=True)
+    assert stricter(states[:13], 12, calibrated) == states[:13]
+    grown = stricter(states, 13, calibrated)  # a quarter of the four beyond ten: as the second
+    assert grown[0].epsilon == pytest.approx(3.0 - 2.0 * 2**-0.4)
+    assert grown[1:] == states[1:]
+    assert stricter(states, 14, calibrated) == states  # they are already
+    # An open shard is none of them yet, and what EasyEdit's and the paper's rule gave stays.
+    assert stricter([*states[:13], of(1.0, 3.0, LIVE)], 12, calibrated)[:13] == states[:13]
+    assert stricter(states, 13, settings(act_ratio=0.88, retrieve=True)) == states
+    assert stricter(states, 13, settings(retrieve=False)) == states
+
+
+def test_in_a_stream(llama: Any, tok: Any) -> None:
+    stream = stream_of(llama, tok, settings(**EACH_ALONE))
+    requests = [EditRequest.from_easyedit(one) for one in asked(14)]
+    stream.apply(requests[:13])
+    layer = only_layer(llama)
+    before = layer.memories("default")
+    stream.apply(requests[13:])
+    after = layer.memories("default")
+    assert before[0].epsilon < before[0].weakest_edit
+    assert after[0].epsilon == pytest.approx(
+        before[0].weakest_edit - (before[0].weakest_edit - before[0].epsilon) * 2**-0.4
+    )
+    assert after[0].epsilon > before[0].epsilon
+    assert [one.epsilon for one in after[1:13]] == [one.epsilon for one in before[1:]]
+
+
+def test_a_memory_that_is_made_again_is_as_strict_as_it_was(
+    llama: Any, tok: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(routing, "_FEW_MEMORIES", 1)
+    changes = ON | {"save_freq": 2, "merge_freq": 2}
+    closed(edited(llama, tok, tmp_path, asked(11), **changes))  # five memories, and one edit in an open shard
+    model = copy.deepcopy(llama)
+    forget(model, tok, tmp_path, 1, exactly=False)
+    lone, _ = apply_wise_to_model(llama, tok, asked(2)[1:], settings(**changes), copy=True)
+    stream = only_layer(lone).edit_stream
+    stream.close_memory()
+    (alone,) = only_layer(lone).memories("default")
+    again = only_layer(model).memories("default")[0]
+    assert torch.equal(again.delta_weight, alone.delta_weight)
+    assert again.weakest_edit == alone.weakest_edit
+    assert again.epsilon == pytest.approx(alone.weakest_edit - (alone.weakest_edit - alone.epsilon) * 2**-0.4)
+    assert len(memories(model)) == 6
