@@ -79,7 +79,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     act_ratio * min over the edits (1.0 is the paper's rule, EasyEdit's files tune it per model)."""
     epsilon_position: float = 0.4
     """Where in the gap between irrelevant prompts (0) and edits (1) a calibrated epsilon lies, of the first memory; of
-    each further one nearer to the edits (``routing.spent_position``)."""
+    each further one nearer to the edits (``calibration.spent_position``)."""
     pooling: str = "loudest"
     """Of a prompt's token scores: "mean" (the paper's code), "max", which finds a subject in long prompts, "last", or
     "loudest": "max", and of 32 tokens or more the mean of the two largest, since one of many is loud by chance."""

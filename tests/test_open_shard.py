@@ -13,6 +13,7 @@ from torch import Tensor
 
 import easyedit_wise.editing.open_shard as open_shard_module
 from easyedit_wise import load_edits, save_edits
+from easyedit_wise.calibration import calibrated_threshold, minimum_threshold
 from easyedit_wise.data import neutral_prompts
 from easyedit_wise.easyedit.apply import stream_of
 from easyedit_wise.editing.open_shard import OpenShard
@@ -20,7 +21,6 @@ from easyedit_wise.editing.recorded import EditScores, RecordedEdit, edit_scores
 from easyedit_wise.editing.requests import EditRequest
 from easyedit_wise.editing.scored import ScoredInputs
 from easyedit_wise.editing.thresholds import threshold
-from easyedit_wise.routing import calibrated_threshold, minimum_threshold
 
 EDITS = [EditRequest(prompt, target) for prompt, target in FACTS]
 IDENTITY = torch.eye(2)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import easyedit_wise.editing.shards as shards_module
 import easyedit_wise.editing.stream as stream_module
+from easyedit_wise.calibration import calibrated_threshold, minimum_threshold, spent_position
 from easyedit_wise.data import neutral_prompts
 from easyedit_wise.easyedit.apply import wise_config
 from easyedit_wise.editing.requests import EditRequest
@@ -25,7 +26,6 @@ from easyedit_wise.editing.stream import EditStream
 from easyedit_wise.editing.trainer import EditDivergedError, EditOutcome, EditTask, train_edit
 from easyedit_wise.hparams import WISEHyperParams
 from easyedit_wise.merging import merge
-from easyedit_wise.routing import calibrated_threshold, minimum_threshold, spent_position
 from easyedit_wise.tuner.attach import attach, check_layer
 from easyedit_wise.tuner.memory import MemoryState
 

@@ -13,7 +13,7 @@ from editing_helpers import only_layer, settings
 from test_consolidated import ON
 from test_journal import closed, edited, memories
 
-from easyedit_wise import routing
+from easyedit_wise import calibration
 from easyedit_wise.easyedit.apply import apply_wise_to_model, stream_of
 from easyedit_wise.editing.recorded import EditScores
 from easyedit_wise.editing.requests import EditRequest
@@ -80,7 +80,7 @@ def test_in_a_stream(llama: Any, tok: Any) -> None:
 def test_a_memory_that_is_made_again_is_as_strict_as_it_was(
     llama: Any, tok: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routing, "_FEW_MEMORIES", 1)
+    monkeypatch.setattr(calibration, "_FEW_MEMORIES", 1)
     changes = ON | {"save_freq": 2, "merge_freq": 2}
     closed(edited(llama, tok, tmp_path, asked(11), **changes))  # five memories, and one edit in an open shard
     model = copy.deepcopy(llama)

@@ -12,10 +12,10 @@ from editing_helpers import settings, stream_on
 from torch import nn
 
 from easyedit_wise import apply_wise_to_model
+from easyedit_wise.calibration import calibrated_threshold
 from easyedit_wise.editing.recorded import edit_scores
 from easyedit_wise.editing.scored import ScoredInputs
 from easyedit_wise.editing.written import WrittenText, spread, written_tokens
-from easyedit_wise.routing import calibrated_threshold
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -7,8 +7,15 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from ..calibration import (
+    SPENDING,
+    calibrated_threshold,
+    minimum_threshold,
+    spent_position,
+    stricter_threshold,
+    strictness,
+)
 from ..hparams import WISEHyperParams
-from ..routing import SPENDING, calibrated_threshold, minimum_threshold, spent_position, stricter_threshold, strictness
 from ..tuner.memory import MERGED, MemoryState
 from .recorded import EditScores, edit_scores
 from .recorder import PromptRecorder
@@ -85,7 +92,7 @@ def calibrated(
 
 
 def stricter(states: Sequence[MemoryState], n_closed: int, hparams: WISEHyperParams) -> list[MemoryState]:
-    """The memories, of which the first grow stricter where further ones were closed (``routing.strictness``).
+    """The memories, of which the first grow stricter where further ones were closed (``calibration.strictness``).
 
     Args:
         states: all memories.

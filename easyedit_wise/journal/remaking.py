@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from ..calibration import stricter_threshold, strictness
 from ..editing.requests import continued
 from ..editing.stream import EditStream
-from ..routing import stricter_threshold, strictness
 from ..tuner.memory import MERGED
 from .database import JournalError
 from .entries import EditEntry, SnapshotEntry, StateEntry
