@@ -131,8 +131,7 @@ def _grown(state: StateEntry, place: int, snapshot: SnapshotEntry) -> StateEntry
     """A memory that was just closed, with the threshold that it has after the memories behind it."""
     n_closed = sum(one.stage == MERGED for one in snapshot.memories)
     weakest = math.inf if state.weakest_edit is None else state.weakest_edit
-    was, shall_be = strictness(place, place + 1), strictness(place, n_closed)
-    return replace(state, epsilon=stricter_threshold(state.epsilon, weakest, was, shall_be))
+    return replace(state, epsilon=stricter_threshold(state.epsilon, weakest, place, strictness(place, n_closed)))
 
 
 def _settings_of(journal: Journal, edit: EditEntry) -> dict[str, object]:
