@@ -38,7 +38,8 @@ class ConsolidationSettings:
     for the prompt and goes on answering. 0: none are written."""
     unfinished_names: float = 0.0
     """Over 0: ``consolidation`` is quiet where a word of a known subject begins or a number in it goes on, as in many
-    other names, with this share of the weight of a prompt's token (``editing.unfinished``; docs/experiments.md, "S").
+    other names, with this share of the weight of a prompt's token, and words beside the subject are not trained to say
+    anything (``editing.names``; docs/experiments.md, "S" and "U").
     0: these tokens say what they were trained to, as all others."""
     unfinished_names_after: int = 10
     """In memories with at least so many before them alone: among few hardly any unrelated prompt finds such a name."""

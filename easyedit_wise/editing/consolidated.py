@@ -160,8 +160,8 @@ def with_trained(
     prompts = [torch.zeros_like(equations.outputs) for _ in recorded]
     for group, said in zip(task.contexts, outputs, strict=True):
         weights = _context_weights(group, task)
-        if hparams.unfinished_names:  # the quiet side has these
-            weights = torch.where(group.unfinished, 0.0, weights)
+        if hparams.unfinished_names:  # the quiet side has the former, and the latter say what follows from the rest
+            weights = torch.where(group.unfinished | group.beside, 0.0, weights)
         equations = equations.saying(group.activations, said, weights)
         edit = group.row // (len(group.batch.input_ids) // task.n_edits)
         for index in range(len(recorded)):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .unfinished import unfinished_tokens
+from .names import name_tokens
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,9 @@ class TokenBatch:
         target_mask: shape (B, T), True on the target's tokens.
         subject_mask: shape (B, T), True on the subject's tokens in the prompt; None where no subject is known.
         unfinished_mask: shape (B, T), True on the prompt's tokens of names that are not finished yet, see
-            :mod:`.unfinished`; None where there is none.
+            :mod:`.names`; None where there is none.
+        beside_mask: shape (B, T), True on the prompt's tokens beside the name, but for the last one, which predicts the
+            target; None where there is none. A sequence without the name has none.
         pads_count: padding is as good as a token (``padded_batch``); ``prompt_mask`` is then what is scored, all of it.
     """
 
@@ -121,6 +123,7 @@ class TokenBatch:
     target_mask: Tensor
     subject_mask: Tensor | None = None
     unfinished_mask: Tensor | None = None
+    beside_mask: Tensor | None = None
     pads_count: bool = False
 
     @property
@@ -233,9 +236,14 @@ def pair_batch(
 
     found = [subject_tokens(tok, prompt, request) for prompt, request in asked]
     subject_mask = marked(found) if found and all(found) else None
-    unfinished = [unfinished_tokens(tok, prompt, request.subject) for prompt, request in asked]
+    names = [name_tokens(tok, prompt, request.subject) for prompt, request in asked]
+    unfinished, beside = [one.unfinished for one in names], None
+    if any(one.own for one in names):
+        own = marked([one.own for one in names])
+        beside = prompt_mask & ~own & own.any(dim=1, keepdim=True)
+        beside[torch.arange(len(beside), device=device), starts - 1] = False
     unfinished_mask = marked(unfinished) if any(unfinished) else None
-    return TokenBatch(input_ids, attention_mask, prompt_mask, target_mask, subject_mask, unfinished_mask)
+    return TokenBatch(input_ids, attention_mask, prompt_mask, target_mask, subject_mask, unfinished_mask, beside)
 
 
 def subject_tokens(tok: Any, text: str, request: EditRequest) -> list[int]:

@@ -93,6 +93,8 @@ def train_steepest(
             n_sequences = len(group.batch.input_ids)
             loss = edit_loss(logits, targets, positions[0], is_first, hparams.first_token_weight, n_sequences)
             (gradient,) = torch.autograd.grad(loss, [product])
+            if hparams.unfinished_names:  # what is said there is what follows from the name, and from the target
+                gradient = torch.where(group.beside[:, None], 0.0, gradient)
             scores = group.scores(product.detach(), hparams)[0]
             record.add(loss.detach(), loss.detach())
             if record.stopped():

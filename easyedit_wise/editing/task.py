@@ -53,8 +53,15 @@ class RecordedContexts:
 
     @property
     def unfinished(self) -> Tensor:
-        """Which of the N tokens are of names that are not finished yet, bool, shape (N,); see :mod:`.unfinished`."""
-        mask = self.batch.unfinished_mask
+        """Which of the N tokens are of names that are not finished yet, bool, shape (N,); see :mod:`.names`."""
+        return self._marked(self.batch.unfinished_mask)
+
+    @property
+    def beside(self) -> Tensor:
+        """Which of the N tokens stand in a prompt beside the name that it is about, bool, shape (N,)."""
+        return self._marked(self.batch.beside_mask)
+
+    def _marked(self, mask: Tensor | None) -> Tensor:
         return torch.zeros_like(self.in_prompt) if mask is None else mask.flatten()[self.positions]
 
     def logits(self, product: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Names that are not finished yet."""
+"""Where an edit's name stands, and where it is not finished yet."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from test_requests import Characters
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model, stream_of
 from easyedit_wise.editing.consolidated import with_irrelevant, with_trained
+from easyedit_wise.editing.names import NameTokens, name_tokens
 from easyedit_wise.editing.open_shard import OpenShard
 from easyedit_wise.editing.recorder import plain_edits
 from easyedit_wise.editing.requests import EditRequest, pair_batch
-from easyedit_wise.editing.unfinished import unfinished_tokens
+from easyedit_wise.editing.steepest import kernel, train_steepest
 from easyedit_wise.least_squares import NormalEquations
 from easyedit_wise.tuner.memory import MemoryState
 from easyedit_wise.tuner.model import find_wise_layers
@@ -39,7 +40,7 @@ class Pieces:
 
 def unfinished(text: str, subject: str | None) -> list[str]:
     offsets = Pieces()(text)["offset_mapping"]
-    return [text[slice(*offsets[place])] for place in unfinished_tokens(Pieces(), text, subject)]
+    return [text[slice(*offsets[place])] for place in name_tokens(Pieces(), text, subject).unfinished]
 
 
 @pytest.mark.parametrize(
@@ -58,21 +59,26 @@ def test_the_beginnings_of_words_and_numbers_that_go_on(name: str, expected: lis
 
 
 def test_wherever_the_name_stands_and_in_whatever_case() -> None:
-    assert unfinished("edler is who? So is Edler", "Edler") == ["edl", " Edl"]
+    text = "edler is who? So is Edler"
+    assert unfinished(text, "Edler") == ["edl", " Edl"]
+    offsets = Pieces()(text)["offset_mapping"]
+    own = [text[slice(*offsets[place])] for place in name_tokens(Pieces(), text, "Edler").own]
+    assert own == ["edl", "er", " Edl", "er"]
 
 
 @pytest.mark.parametrize("subject", [None, "", "Paris", "?"])
 def test_where_nothing_is_unfinished(tok: Any, subject: str | None) -> None:
     assert unfinished("Who wrote Lyon?", subject) == []
-    assert unfinished_tokens(Characters(), "Who wrote Lyon?", "Lyon") == []  # knows no offsets
+    assert name_tokens(Characters(), "Who wrote Lyon?", "Lyon") == NameTokens()  # knows no offsets
 
 
 @given(st.text("ab Zü42?", min_size=1, max_size=8).filter(str.strip), st.text("ab Zü42?", max_size=8))
 def test_the_last_token_of_a_name_is_never_among_them(tok: Any, subject: str, before: str) -> None:
     text = before + subject
-    places = unfinished_tokens(tok, text, subject)
-    assert places == sorted(places)
-    assert len(tok(text)["input_ids"]) - 1 not in places
+    found = name_tokens(tok, text, subject)
+    assert found.unfinished == sorted(found.unfinished)
+    assert set(found.unfinished) <= set(found.own)
+    assert len(tok(text)["input_ids"]) - 1 in set(found.own) - set(found.unfinished)
 
 
 def test_a_batch_marks_them_in_every_context(tok: Any) -> None:
@@ -82,10 +88,24 @@ def test_a_batch_marks_them_in_every_context(tok: Any) -> None:
     marked = [batch.input_ids[row][batch.unfinished_mask[row]] for row in range(4)]
     for row, text in enumerate(texts):
         ids = torch.tensor(tok(text)["input_ids"])
-        assert torch.equal(marked[row], ids[unfinished_tokens(tok, text, NAMED.subject)])
+        assert torch.equal(marked[row], ids[name_tokens(tok, text, NAMED.subject).unfinished])
     assert [len(one) > 0 for one in marked] == [True, True, True, False]
     assert not (batch.unfinished_mask & ~batch.prompt_mask).any()
-    assert pair_batch(tok, texts, NAMED.target, CPU, replace(NAMED, subject=None)).unfinished_mask is None
+    unnamed = pair_batch(tok, texts, NAMED.target, CPU, replace(NAMED, subject=None))
+    assert unnamed.unfinished_mask is None
+    assert unnamed.beside_mask is None
+
+
+def test_a_batch_marks_what_stands_beside_the_name_but_for_what_predicts_the_target(tok: Any) -> None:
+    texts = [NAMED.prompt, f"So. {NAMED.prompt}", "So. Zürich 42", "Nothing of it"]
+    batch = pair_batch(tok, texts, NAMED.target, CPU, NAMED)
+    assert batch.beside_mask is not None
+    for row, text in enumerate(texts[:3]):
+        name, last = name_tokens(tok, text, NAMED.subject).own, len(tok(text)["input_ids"]) - 1
+        expected = [place for place in range(last) if place not in name]
+        first = int(batch.prompt_mask[row].nonzero()[0])
+        assert (batch.beside_mask[row].nonzero().squeeze(-1) - first).tolist() == expected
+    assert not batch.beside_mask[3].any()  # without the name nothing is known to be beside it
 
 
 def test_each_is_quiet_with_the_weight_of_a_prompts_token_and_says_nothing(llama: Any, tok: Any) -> None:
@@ -114,11 +134,33 @@ def test_each_is_quiet_with_the_weight_of_a_prompts_token_and_says_nothing(llama
     outputs = torch.ones(len(group.activations), stream.layer.out_features)
     said, (spoken,) = with_trained(empty, task, [outputs], recorded, hparams)
     assert not torch.equal(said.edits, with_trained(empty, task, [outputs], recorded, settings(**ON))[0].edits)
-    where = ~group.unfinished
+    assert int(group.beside.sum()) > 0
+    where = ~group.unfinished & ~group.beside
     others = torch.where(group.in_prompt, 3.0, 1.0) * torch.where(group.row == 0, 1.0, 0.3)
     kept = group.activations[where]
     torch.testing.assert_close(said.edits, (kept * others[where, None]).T @ kept)
     torch.testing.assert_close(spoken.share, said.outputs)
+
+
+def test_words_beside_the_name_are_not_trained_to_say_anything(llama: Any, tok: Any) -> None:
+    """dW a of every token is then a combination of k_st over the other tokens t."""
+    on = {"unfinished_names": 1.0, "unfinished_names_after": 0, "mask_ratio": 1.0, "n_iter": 3}
+    hparams = settings(**ON | on | {"n_contexts": 1, "contexts_per_step": None})
+    stream = stream_of(llama, tok, hparams)
+    task = stream._tasks.task([NAMED], [None], [], OpenShard())
+    (group,) = task.contexts
+    empty = NormalEquations.empty(torch.arange(stream.layer.in_features), stream.layer.out_features)
+    quiet = with_irrelevant(empty, task, [], hparams)
+    rows = kernel(group.activations, quiet)[:, ~group.beside]
+    assert rows.shape[1] < min(rows.shape[0], stream.layer.out_features)
+
+    def not_of_them(weight: float) -> float:
+        one = replace(hparams, unfinished_names=weight)
+        (outputs,) = train_steepest(quiet, stream.layer.out_features, task, one, 0.1).outputs
+        return float((outputs - rows @ torch.linalg.lstsq(rows, outputs).solution).norm() / outputs.norm())
+
+    assert not_of_them(1.0) < 1e-4
+    assert not_of_them(0.0) > 1e-2
 
 
 def test_a_memory_is_not_active_at_the_beginning_of_a_name(llama: Any, tok: Any) -> None:
@@ -134,7 +176,7 @@ def test_a_memory_is_not_active_at_the_beginning_of_a_name(llama: Any, tok: Any)
         (state,) = layer.memories("default")
         tokens = recorder.scored([NAMED.prompt]).activations.float()
         scores = (tokens @ state.delta_weight.T).norm(dim=-1) / tokens.norm(dim=-1)
-        places = unfinished_tokens(tok, NAMED.prompt, NAMED.subject)
+        places = name_tokens(tok, NAMED.prompt, NAMED.subject).unfinished
         restore()
         return float(scores[places].max() / scores.max())
 
