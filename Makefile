@@ -5,6 +5,8 @@ BIN    := $(VENV)/bin
 # What CI runs with. A torch that the base interpreter already has (a CUDA build, say) is used instead.
 TORCH  ?= torch==2.13.0
 READY  := $(VENV)/.ready
+# Processes that share the tests. Each has one thread (tests/conftest.py).
+WORKERS ?= 2
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -41,10 +43,10 @@ demo: $(READY)
 	$(BIN)/easyedit-wise demo --out runs/demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-fast: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
 
 soak: $(READY)
 	$(BIN)/python -m pytest --soak -m soak

@@ -16,7 +16,7 @@ from torch import Tensor
 MAIN_MEMORY = -1
 POOLINGS = ("mean", "max", "last", "loudest")
 # From so many tokens on one of them is loud by chance, so "loudest" asks for two.
-_LONG = 32
+LONG_TEXT = 32
 # Of relative scores, what a newer memory needs of the largest. On ZsRE .85 to .7 serve edits and rephrasings alike.
 NEWEST_WITHIN = 0.75
 # And what it needs of the most that any competing memory sustains: over one token in so many, and at least eight
@@ -94,7 +94,7 @@ def pool(token_scores: Tensor, token_mask: Tensor | None = None, pooling: str = 
         return kept.amax(dim=-1)
     if pooling == "loudest":
         two = kept.topk(min(2, kept.shape[-1]), dim=-1).values
-        return torch.where(mask.sum(dim=-1) >= _LONG, two.mean(dim=-1), two[..., 0])
+        return torch.where(mask.sum(dim=-1) >= LONG_TEXT, two.mean(dim=-1), two[..., 0])
     if pooling == "last":
         positions = torch.arange(mask.shape[-1], device=mask.device)
         last = torch.where(mask, positions, torch.zeros_like(positions)).amax(dim=-1, keepdim=True)

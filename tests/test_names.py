@@ -22,6 +22,7 @@ from easyedit_wise.editing.recorder import plain_edits
 from easyedit_wise.editing.requests import EditRequest, pair_batch
 from easyedit_wise.editing.steepest import kernel, train_steepest
 from easyedit_wise.least_squares import NormalEquations
+from easyedit_wise.routing import LONG_TEXT
 from easyedit_wise.tuner.memory import MemoryState
 from easyedit_wise.tuner.model import find_wise_layers
 
@@ -106,6 +107,23 @@ def test_a_batch_marks_what_stands_beside_the_name_but_for_what_predicts_the_tar
         first = int(batch.prompt_mask[row].nonzero()[0])
         assert (batch.beside_mask[row].nonzero().squeeze(-1) - first).tolist() == expected
     assert not batch.beside_mask[3].any()  # without the name nothing is known to be beside it
+
+
+def test_a_long_text_is_known_by_more_than_its_name(tok: Any) -> None:
+    def n_beside(n_words: int) -> int:
+        request = EditRequest("Zürich" + " 7" * n_words, "nobody", subject="Zürich")
+        assert len(tok(request.prompt)["input_ids"]) == n_name + 2 * n_words
+        # Its contexts have more tokens, and are no longer texts for that.
+        batch = pair_batch(tok, [f"So, so. {request.prompt}"], request.target, CPU, request)
+        assert batch.beside_mask is not None
+        assert batch.unfinished_mask is not None
+        assert batch.unfinished_mask.any()
+        return int(batch.beside_mask.sum())
+
+    n_name = len(tok("Zürich")["input_ids"])
+    most = (LONG_TEXT - 1 - n_name) // 2
+    assert n_beside(most) > 2 * most  # but for the last one, and those of the prefix
+    assert n_beside(most + 1) == 0
 
 
 def test_each_is_quiet_with_the_weight_of_a_prompts_token_and_says_nothing(llama: Any, tok: Any) -> None:

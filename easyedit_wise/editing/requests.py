@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..routing import LONG_TEXT
 from .names import name_tokens
 
 
@@ -113,7 +114,8 @@ class TokenBatch:
         unfinished_mask: shape (B, T), True on the prompt's tokens of names that are not finished yet, see
             :mod:`.names`; None where there is none.
         beside_mask: shape (B, T), True on the prompt's tokens beside the name, but for the last one, which predicts the
-            target; None where there is none. A sequence without the name has none.
+            target; None where there is no name. None is beside it in a sequence without it, nor where the edit's prompt
+            has ``routing.LONG_TEXT`` tokens or more: such a text is known by more than its name.
         pads_count: padding is as good as a token (``padded_batch``); ``prompt_mask`` is then what is scored, all of it.
     """
 
@@ -237,13 +239,14 @@ def pair_batch(
     found = [subject_tokens(tok, prompt, request) for prompt, request in asked]
     subject_mask = marked(found) if found and all(found) else None
     names = [name_tokens(tok, prompt, request.subject) for prompt, request in asked]
-    unfinished, beside = [one.unfinished for one in names], None
+    unfinished_mask = beside_mask = None
     if any(one.own for one in names):
-        own = marked([one.own for one in names])
-        beside = prompt_mask & ~own & own.any(dim=1, keepdim=True)
-        beside[torch.arange(len(beside), device=device), starts - 1] = False
-    unfinished_mask = marked(unfinished) if any(unfinished) else None
-    return TokenBatch(input_ids, attention_mask, prompt_mask, target_mask, subject_mask, unfinished_mask, beside)
+        unfinished_mask = marked([one.unfinished for one in names])
+        by_name = {request: len(tok(request.prompt)["input_ids"]) < LONG_TEXT for request in set(requests)}
+        own = marked([one.own if by_name[request] else [] for one, request in zip(names, requests, strict=True)])
+        beside_mask = prompt_mask & ~own & own.any(dim=1, keepdim=True)
+        beside_mask[torch.arange(len(own), device=device), starts - 1] = False
+    return TokenBatch(input_ids, attention_mask, prompt_mask, target_mask, subject_mask, unfinished_mask, beside_mask)
 
 
 def subject_tokens(tok: Any, text: str, request: EditRequest) -> list[int]:
