@@ -36,7 +36,7 @@ class ConsolidationSettings:
     after_answer: int = 12
     """Irrelevant tokens of ``consolidation`` that the model itself would write behind the target: the memory was picked
     for the prompt and goes on answering. 0: none are written."""
-    unfinished_names: float = 0.0
+    unfinished_names: float = 1.0
     """Over 0: ``consolidation`` is quiet where a word of a known subject begins or a number in it goes on, as in many
     other names, with this share of the weight of a prompt's token, and words beside the subject are not trained to say
     anything (``editing.names``; docs/experiments.md, "S" and "U").
