@@ -16,7 +16,7 @@ from test_requests import Characters
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model, stream_of
 from easyedit_wise.editing.consolidated import with_irrelevant, with_trained
-from easyedit_wise.editing.names import NameTokens, name_tokens
+from easyedit_wise.editing.names import NameTokens, name_tokens, names_known
 from easyedit_wise.editing.open_shard import OpenShard
 from easyedit_wise.editing.recorder import plain_edits
 from easyedit_wise.editing.requests import EditRequest, pair_batch
@@ -218,6 +218,30 @@ def test_only_memories_after_so_many_others(llama: Any, tok: Any) -> None:
     assert later[0].epsilon == without[0].epsilon
     for place in (1, 2):
         assert not torch.equal(later[place].delta_weight, without[place].delta_weight)
+
+
+def test_edits_that_do_not_say_what_they_are_about_are_as_without_it(llama: Any, tok: Any) -> None:
+    def memories(weight: float) -> list[MemoryState]:
+        asked = [{"prompt": f"Zürich {n} is", "target_new": "Lyon"} for n in (142, 305, 761)]
+        changes = {"unfinished_names": weight, "unfinished_names_after": 0, "mask_ratio": 1.0, "n_iter": 4}
+        changes |= {"save_freq": 1, "merge_freq": 1}
+        model, restore = apply_wise_to_model(llama, tok, asked, settings(**ON | changes))
+        (layer,) = find_wise_layers(model).values()
+        states = layer.memories("default")
+        restore()
+        return states
+
+    on, off = memories(1.0), memories(0.0)
+    assert len(on) == 3
+    for one, other in zip(on, off, strict=True):
+        assert torch.equal(one.delta_weight, other.delta_weight)
+        assert one.epsilon == other.epsilon  # as strict as any: it is as loud on names as any
+
+
+def test_whether_names_are_known(tok: Any) -> None:
+    assert names_known(tok, ["Zürich", "Lyon"])
+    assert not names_known(tok, ["Zürich", None])
+    assert not names_known(Characters(), ["Zürich"])  # knows no offsets
 
 
 @pytest.mark.parametrize("value", [-1, 0.5, True, None])

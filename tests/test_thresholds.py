@@ -43,8 +43,12 @@ def test_memories_that_are_quiet_on_unfinished_names_are_laxer(n_earlier: int, o
     neutral = ScoredInputs(torch.tensor([[2.0, 0.0], [0.5, 0.0]]), torch.eye(2).bool())
     changes = ON | {"unfinished_names": 1.0, "unfinished_names_after": 2, "epsilon_position": 0.25}
     hparams = settings(LAYERS["llama"], **changes | {"relative_scores": False})
-    epsilon = threshold([EditScores(4.0, 7.0)], neutral, torch.eye(2), hparams, n_earlier)
+    scores, eye = [EditScores(4.0, 7.0)], torch.eye(2)
+    epsilon = threshold(scores, neutral, eye, hparams, n_earlier, names_are_known=True)
     assert epsilon == pytest.approx(4.0 - of_the_gap * (4.0 - 2.0))
+    # One that cannot be quiet on names that it does not know is as strict as any.
+    epsilon = threshold(scores, neutral, eye, hparams, n_earlier)
+    assert epsilon == pytest.approx(4.0 - 0.75 * (1 + n_earlier) ** -0.4 * (4.0 - 2.0))
 
 
 def test_the_first_memories_grow_stricter() -> None:

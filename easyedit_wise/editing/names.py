@@ -10,6 +10,7 @@ of the name, where it is known whom the prompt is about. Nor does it learn to sp
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,11 @@ def name_tokens(tok: Any, text: str, subject: str | None) -> NameTokens:
         found.own.extend(own)
         found.unfinished.extend(place for place in own[:-1] if _unfinished(text, *offsets[place]))
     return found
+
+
+def names_known(tok: Any, subjects: Iterable[str | None]) -> bool:
+    """Whether :func:`name_tokens` finds each of these subjects where it stands."""
+    return bool(getattr(tok, "is_fast", False)) and all(subjects)
 
 
 def _unfinished(text: str, first: int, last: int) -> bool:

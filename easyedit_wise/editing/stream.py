@@ -216,7 +216,8 @@ class EditStream:
             trained = [sum(one.edit_scores) / per_edit for one in made]
             states = with_epsilon_as_trained(states, trained, live.n_edits, self.hparams)
         else:
-            states[-1] = with_thresholds(self._recorder, states[-1], scores, self._n_earlier(place))
+            held = self._requests_in(place)
+            states[-1] = with_thresholds(self._recorder, states[-1], held, scores, self._n_earlier(place))
         self._open_shard = shard
         if is_full(states[-1], shard.n_tokens, self.hparams):
             states = self._closed(states)

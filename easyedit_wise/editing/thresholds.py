@@ -17,6 +17,7 @@ from ..calibration import (
 )
 from ..hparams import WISEHyperParams
 from ..tuner.memory import MERGED, MemoryState
+from .names import names_known
 from .recorded import EditScores, edit_scores
 from .recorder import PromptRecorder
 from .requests import EditRequest
@@ -26,6 +27,7 @@ from .shards import settings_after
 # One text in so many may be about an edit: those of the demo are about France, the Sun and pizza.
 _ABOUT_AN_EDIT = 20
 # How fast memories that are quiet on unfinished names grow stricter: hardly an unrelated prompt is as loud as an edit.
+# One that knows not all of its edits' names is as strict as any.
 _SPENDING_OF_QUIET_ONES = 0.2
 
 
@@ -36,6 +38,7 @@ def threshold(
     hparams: WISEHyperParams,
     n_earlier: int = 0,
     texts: ScoredInputs | None = None,
+    names_are_known: bool = False,
 ) -> float:
     """epsilon of a memory, from what its edits and what irrelevant prompts score under its dW.
 
@@ -46,6 +49,7 @@ def threshold(
         hparams: settings.
         n_earlier: memories before it.
         texts: text at large. Of twenty one may be about an edit, so the loudest twentieth does not count.
+        names_are_known: whether it could be made quiet on its edits' unfinished names, see :mod:`.names`.
 
     Raises:
         ValueError: there is no edit.
@@ -61,23 +65,30 @@ def threshold(
             irrelevant += sorted(texts.scores(delta_weight, hparams).tolist())[
                 : len(texts) - len(texts) // _ABOUT_AN_EDIT
             ]
-    spending = _SPENDING_OF_QUIET_ONES if settings_after(hparams, n_earlier).unfinished_names else SPENDING
+    is_quiet = names_are_known and settings_after(hparams, n_earlier).unfinished_names
+    spending = _SPENDING_OF_QUIET_ONES if is_quiet else SPENDING
     return calibrated_threshold(edits, irrelevant, spent_position(hparams.epsilon_position, n_earlier, spending))
 
 
 def with_thresholds(
-    recorder: PromptRecorder, state: MemoryState, scores: Sequence[EditScores], n_earlier: int
+    recorder: PromptRecorder,
+    state: MemoryState,
+    requests: Sequence[EditRequest],
+    scores: Sequence[EditScores],
+    n_earlier: int,
 ) -> MemoryState:
     """A memory with what its scores are compared with.
 
     Args:
         recorder: records irrelevant prompts at the layer, with the present settings.
         state: the memory.
+        requests: its edits.
         scores: of its edits.
         n_earlier: memories before it that stay memories of their own.
     """
     neutral, texts = recorder.unseen()
-    epsilon = threshold(scores, neutral, state.delta_weight, recorder.hparams, n_earlier, texts)
+    known = names_known(recorder.tok, [request.subject for request in requests])
+    epsilon = threshold(scores, neutral, state.delta_weight, recorder.hparams, n_earlier, texts, known)
     return state.with_(epsilon=epsilon, weakest_edit=min(one.prompt for one in scores))
 
 
@@ -88,7 +99,7 @@ def calibrated(
     scores: list[EditScores] = []
     for recorded in recorder.edits(requests):
         scores += edit_scores(recorded, state.delta_weight, recorder.hparams)
-    return with_thresholds(recorder, state, scores, n_earlier) if scores else state
+    return with_thresholds(recorder, state, requests, scores, n_earlier) if scores else state
 
 
 def stricter(states: Sequence[MemoryState], n_closed: int, hparams: WISEHyperParams) -> list[MemoryState]:
