@@ -46,11 +46,22 @@ def test_a_prompt_is_raised_until_it_is_heard_beside_its_target_by_hand() -> Non
 
 @given(
     scores=st.lists(st.tuples(st.floats(0.0, 1e6), st.floats(0.0, 1e6)), min_size=1, max_size=8),
-    before=st.floats(1.0, 8.0),
+    before=st.floats(0.4, 8.0),
+    limit=st.floats(0.0, 1e6),
 )
-def test_a_prompts_gain_stays_within_its_limits(scores: list[tuple[float, float]], before: float) -> None:
-    found = heard([before] * len(scores), [EditScores(*sorted(one)) for one in scores])
-    assert all(1.0 <= one <= 8.0 for one in found)
+def test_a_prompts_gain_stays_within_its_limits(scores: list[tuple[float, float]], before: float, limit: float) -> None:
+    found = heard([before] * len(scores), [EditScores(*sorted(one)) for one in scores], 1.0, limit)
+    assert all(0.4 <= one <= 8.0 for one in found)
+
+
+def test_a_loud_prompt_is_lowered_to_the_limit_by_hand() -> None:
+    # Twice the limit: half the gain. Below it: the most. A tenth of it would be needed: .4.
+    scores = [EditScores(8.0, 8.0), EditScores(3.0, 3.0), EditScores(40.0, 40.0)]
+    assert heard([1.5] * 3, scores, 1.5, 4.0) == pytest.approx([0.75, 1.5, 0.4])
+    # Six times the limit, but beside a target of 30 it is not heard with less than 21 of its 24.
+    assert heard([1.5], [EditScores(24.0, 30.0)], 1.5, 4.0) == pytest.approx([1.5 * 21 / 24])
+    # What was lowered already may say more again, up to the limit: 4 of 3, and no more than the most.
+    assert heard([0.6, 1.2], [EditScores(3.0, 3.0), EditScores(3.0, 3.0)], 1.5, 4.0) == pytest.approx([0.8, 1.5])
 
 
 def edit_of(*tokens: Tensor, n_prompt: int = 1) -> RecordedEdit:
@@ -59,11 +70,8 @@ def edit_of(*tokens: Tensor, n_prompt: int = 1) -> RecordedEdit:
     return RecordedEdit(ScoredInputs(torch.stack(tokens), real), in_prompt)
 
 
-def test_two_edits_apart_get_what_they_lack() -> None:
-    """Orthogonal tokens and next to nothing to be quiet on: dW a = gain * y.
-
-    They begin at 3 and 6, whose median is 4.5: gain 2.25. Then they are at 4.5 and 6: gain 2.25 * 5.25 / 4.5.
-    """
+def two_apart() -> tuple[NormalEquations, list[SpokenEdit]]:
+    """Edits of a prompt's token each, that were trained to 2 and to 4."""
     tokens, outputs = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 4.0]])
     equations = NormalEquations.empty(torch.arange(2), 2).silent_on(torch.eye(2), 1e-6)
     spoken = []
@@ -72,11 +80,29 @@ def test_two_edits_apart_get_what_they_lack() -> None:
         share = equations.share(token, said, weight)
         spoken.append(SpokenEdit(edit_of(tokens[index]), share, share))
         equations = equations.saying(token, said, weight)
+    return equations, spoken
+
+
+def test_two_edits_apart_meet_at_the_median() -> None:
+    """Orthogonal tokens and next to nothing to be quiet on: dW a = gain * y.
+
+    They begin at 3 and 6: the second's prompt goes down to the median of 4.5, and the first up to 3.75, between. Then
+    they are at 3.75 and 4.5: down to 4.125, which is .6875 of 6, and up to 3.9375, which is 1.96875 * 2.
+    """
+    equations, spoken = two_apart()
     delta_weight = torch.zeros(2, 2)
     gains = write_amplified(equations, spoken, delta_weight, settings(gain=1.5))
-    assert [one.edit for one in gains] == pytest.approx([2.625, 1.5], rel=1e-4)
-    assert [one.prompt for one in gains] == [1.0, 1.0]
-    torch.testing.assert_close(delta_weight, torch.diag(torch.tensor([5.25, 6.0])), rtol=1e-4, atol=1e-4)
+    assert [one.edit for one in gains] == pytest.approx([1.96875, 1.5], rel=1e-4)
+    assert [one.prompt for one in gains] == pytest.approx([1.0, 0.6875], rel=1e-4)
+    torch.testing.assert_close(delta_weight, torch.diag(torch.tensor([3.9375, 4.125])), rtol=1e-4, atol=1e-4)
+
+
+def test_edits_that_are_settled_count_in_the_median() -> None:
+    """A settled one at 20 where they are at 3 and 6: nothing is above the median of 6, and the first gets twice."""
+    equations, spoken = two_apart()
+    loud = edit_of(torch.tensor([0.0, 20.0 / 6.0]))
+    gains = write_amplified(equations, spoken, torch.zeros(2, 2), settings(gain=1.5), [loud])
+    assert gains == [Gains(3.0), Gains(1.5)]
 
 
 def test_a_prompt_that_says_next_to_nothing_is_raised_alone() -> None:

@@ -8,11 +8,16 @@ further would not do: the loss is flat there.
 The route is decided by the prompt alone, and of some edits nearly all lies in the target: a text whose first tokens the
 model predicted anyway, or a long one. Their answer would be right if only they were asked. So what an edit's prompt
 says is raised until it is heard beside what its target says. And since the target's tokens stand in unrelated prompts,
-too, all prompts say somewhat more than their targets do (``prompt_gain``). Not in the paper.
+too, all prompts say somewhat more than their targets do (``prompt_gain``).
+
+An edit that is far louder than the others lets in what is only a little like it: where "Ang TV" says what it says at
+" TV", every television does. So a prompt says no more than the shard's median, unless it would not be heard beside its
+target. Not in the paper.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -30,6 +35,8 @@ _LOUDEST = 2.0
 _HEARD = 0.7
 # For that, what its prompt says is raised by no more than this, beside the gain of the whole edit.
 _LOUDEST_PROMPT = 8.0
+# Where a prompt is louder than the others, what it says is lowered to this at least: it is a part of the answer, too.
+_QUIETEST_PROMPT = 0.4
 # How often what the edits lack of what they shall say is asked for once more: the more a shard is quiet on, the less
 # of it they get.
 _FEEDBACK = 1
@@ -88,18 +95,32 @@ def equalised(
     ]
 
 
-def heard(prompt_gains: Sequence[float], scores: Sequence[EditScores], least: float = 1.0) -> list[float]:
-    """The prompts' gains that would let every prompt be heard beside its target, within [least, max(8, least)].
+def heard(
+    prompt_gains: Sequence[float], scores: Sequence[EditScores], most: float = 1.0, limit: float = math.inf
+) -> list[float]:
+    """The prompts' gains that would let every prompt be heard beside its target, and none be loud without need.
 
     Args:
         prompt_gains: the present ones.
         scores: of each edit with these.
-        least: of a prompt that is heard anyway.
+        most: of a prompt that is heard anyway.
+        limit: a score that no prompt exceeds without need.
+
+    Returns:
+        For each what brings it down to ``limit``, within [.4, most]; or what it needs to be heard, at most 8, if that
+        is more.
     """
-    return [
-        max(min(own * _HEARD * one.answered / one.prompt if one.prompt > 0 else 1.0, _LOUDEST_PROMPT), least)
-        for own, one in zip(prompt_gains, scores, strict=True)
-    ]
+    gains = []
+    for own, one in zip(prompt_gains, scores, strict=True):
+        if one.prompt <= 0:
+            gains.append(most)
+            continue
+        reach = own / one.prompt
+        # Where the prompt is the louder one, it is heard, unless it is so only by having been raised.
+        may_need = one.answered > one.prompt or own > most
+        needed = min(reach * _HEARD * one.answered, _LOUDEST_PROMPT) if may_need else 0.0
+        gains.append(max(min(max(reach * limit, _QUIETEST_PROMPT), most), needed))
+    return gains
 
 
 @torch.no_grad()
@@ -134,10 +155,11 @@ def write_amplified(
         delta_weight[:, equations.columns] = louder.solution(factor, _FEEDBACK).to(delta_weight)
         if left:
             scores = edit_scores([edit.recorded for edit in spoken], delta_weight, hparams)
-            prompts = heard([gain.prompt for gain in gains], scores, hparams.prompt_gain)
+            beside = [one.prompt for one in edit_scores(settled, delta_weight, hparams)]
+            middle = median([*(one.prompt for one in scores), *beside])
+            prompts = heard([gain.prompt for gain in gains], scores, hparams.prompt_gain, middle)
             # Which scores the prompts will have with that.
             expected = [one.prompt * new / old.prompt for one, new, old in zip(scores, prompts, gains, strict=True)]
-            beside = [one.prompt for one in edit_scores(settled, delta_weight, hparams)]
             edits = equalised([gain.edit for gain in gains], expected, hparams.gain, beside)
             gains = [Gains(edit, prompt) for edit, prompt in zip(edits, prompts, strict=True)]
     return gains
