@@ -6,10 +6,8 @@ import importlib.util
 import json
 import subprocess
 import sys
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -22,9 +20,6 @@ from typer.testing import CliRunner, Result
 
 from easyedit_wise.cli import app
 from easyedit_wise.easyedit.algorithms import (
-    HostStream,
-    layers_answer_with_tuples,
-    make_editor,
     settings_of,
 )
 from easyedit_wise.easyedit.covariance import second_moments_of_samples, second_moments_of_texts
@@ -281,83 +276,6 @@ def test_probe_agrees_with_asking_one_by_one(llama: Any, tok: Any) -> None:
 
 
 # -- EasyEdit's algorithms ----------------------------------------------------------------------
-
-
-@dataclass
-class ToyHyperParams:
-    """Settings in EasyEdit's style."""
-
-    scale: float
-    device: str
-    alg_name: str = "Toy"
-
-
-@pytest.fixture
-def toy_host(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """An EasyEdit whose one algorithm adds random numbers to the last layer norm."""
-    models = ModuleType("easyeditor.models.toy")
-
-    def apply_toy(model: Any, tok: Any, requests: list[Any], hparams: Any) -> tuple[Any, dict[str, Any]]:
-        assert tok.padding_side == "left"
-        models.seen.append(requests[0]["prompt"])  # type: ignore[attr-defined]
-        with torch.no_grad():
-            model.model.norm.weight += hparams.scale * torch.rand(32)
-        return model, {}
-
-    apply_toy.__module__ = models.__name__
-    models.seen, models.ToyHyperParams = [], ToyHyperParams  # type: ignore[attr-defined]
-    alg_dict = ModuleType("easyeditor.util.alg_dict")
-    alg_dict.ALG_DICT = {"Toy": apply_toy}  # type: ignore[attr-defined]
-    for module in (ModuleType("easyeditor"), ModuleType("easyeditor.util"), alg_dict, models):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    return models
-
-
-def test_a_hosts_algorithm_edits_on_and_has_its_own_random_numbers(toy_host: Any, tok: Any) -> None:
-    def weight_after(chunks: list[list[str]], seed: int) -> torch.Tensor:
-        model = build_model("llama")
-        editor, config = make_editor("Toy", model, tok, {"scale": 0.5}, seed)
-        assert config == {"scale": 0.5}
-        for chunk in chunks:
-            editor.edit([{"prompt": prompt, "target_new": "x"} for prompt in chunk], lambda: None)
-        return editor.model.model.norm.weight.clone()
-
-    before = torch.get_rng_state()
-    together = weight_after([["a", "b"]], seed=1)
-    assert toy_host.seen == ["a", "b"]
-    assert torch.equal(together, weight_after([["a"], ["b"]], seed=1))  # checkpoints change nothing
-    assert not torch.equal(together, weight_after([["a", "b"]], seed=2))
-    assert not torch.equal(together, weight_after([["a"]], seed=1))
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_a_hosts_settings_are_checked(toy_host: Any, tok: Any, llama: Any) -> None:
-    with pytest.raises(ValueError, match=r"unknown Toy setting 'scal': did you mean 'scale'\?"):
-        HostStream("Toy", llama, tok, {"scal": 1.0}, 0, None)
-    with pytest.raises(ValueError, match="the settings of Toy are not complete"):
-        HostStream("Toy", llama, tok, {}, 0, None)
-    with pytest.raises(ValueError, match=r"'Toi' is no algorithm: did you mean 'Toy'\?"):
-        HostStream("Toi", llama, tok, {}, 0, None)
-
-
-@pytest.mark.parametrize(("architecture", "template", "norm"), [
-    ("llama", "model.layers.{}", "model.norm"),
-    ("gpt2", "transformer.h.{}", "transformer.ln_f"),
-])  # fmt: skip
-def test_layers_that_answer_with_tuples_leave_the_model_as_it_is(
-    tok: Any, architecture: str, template: str, norm: str
-) -> None:
-    model = build_model(architecture)
-    expected = logits_of(model, tok, "The capital of France is")
-    seen: list[Any] = []
-    hparams = type("Settings", (), {"layer_module_tmp": template, "ln_f_module": norm})
-    with layers_answer_with_tuples(model, hparams):
-        handle = model.get_submodule(template.format(1)).register_forward_hook(lambda _, args, out: seen.append(out))
-        assert torch.equal(logits_of(model, tok, "The capital of France is"), expected)
-        handle.remove()
-    assert isinstance(seen[0], tuple)
-    assert seen[0][0].shape[-1] == 32
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_second_moments_by_definition(llama: Any, tok: Any) -> None:
