@@ -62,6 +62,13 @@ class ConsolidationSettings:
     """What its prompt's tokens say, times this as well, beside the target's: a query is scored by its prompt alone, and
     what the target's tokens say is loud in any text that has one of them. 1: both alike."""
 
+    raise_prompts: bool = False
+    """True: a prompt that is still weaker than the shard's median with twice the ``gain`` is raised to it by itself. A
+    memory takes a text for one of its own edits from what the weakest of them scores (docs/experiments.md, "W")."""
+    asked_again: int = 1
+    """How often ``consolidation`` asks again for what the edits of a shard lack of what they shall say: the more, the
+    better long targets are said, and the louder are unrelated prompts beside the weakest edit."""
+
     level_limit: float = 3.0
     """dW of a memory is multiplied by the largest of .5, .65, .8, 1, 1.25, 1.5, 2 and 3, up to this, at which its own
     edits' answers hold: it decides how far an answer goes, not what is answered (``editing.level``). Goes with
@@ -98,9 +105,9 @@ class ConsolidationSettings:
         if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:
             raise ValueError(f"capacity is {self.capacity!r}: it must be a finite number of at least 0, such as 0.25.")
         check_choice("mask", self.mask, MASKS)
-        for name in ("other_subjects", "scrambled", "after_answer", "unfinished_names_after"):
+        for name in ("other_subjects", "scrambled", "after_answer", "unfinished_names_after", "asked_again"):
             check_count(name, getattr(self, name))
-        for name in ("relative_scores", "varied_contexts"):
+        for name in ("relative_scores", "varied_contexts", "raise_prompts"):
             check_switch(name, getattr(self, name))
         if value > 0 and self.mask != "columns":
             raise ValueError(

@@ -1,7 +1,7 @@
 """Switches that give the arithmetic of EasyEdit's own code where it is not the paper's.
 
 All are off by default and on in ``preset="upstream"`` (``presets``). Each is one difference between the paper and
-EasyEdit's ``models/wise``; docs/experiments.md, section "Fidelity", measures how closely they reproduce it.
+EasyEdit's ``models/wise``; docs/fidelity.md measures how closely they reproduce it.
 """
 
 from __future__ import annotations

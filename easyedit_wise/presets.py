@@ -72,6 +72,8 @@ _PAPER: dict[str, Any] = {
     "gain": 1.0,
     "prompt_gain": 1.0,
     "level_limit": 0.0,
+    "raise_prompts": False,
+    "asked_again": 1,
     "varied_contexts": False,
     "n_contexts": 10,
     "context_length": 10,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model
 from easyedit_wise.editing import consolidated
-from easyedit_wise.editing.gain import Gains, SpokenEdit, equalised, heard, write_amplified
+from easyedit_wise.editing.gain import Gains, SpokenEdit, equalised, heard, raised, write_amplified
 from easyedit_wise.editing.recorded import EditScores, RecordedEdit, edit_scores
 from easyedit_wise.editing.scored import ScoredInputs
 from easyedit_wise.least_squares import NormalEquations
@@ -64,18 +64,36 @@ def test_a_loud_prompt_is_lowered_to_the_limit_by_hand() -> None:
     assert heard([0.6, 1.2], [EditScores(3.0, 3.0), EditScores(3.0, 3.0)], 1.5, 4.0) == pytest.approx([0.8, 1.5])
 
 
+def test_a_weak_prompt_is_raised_to_the_limit_by_hand() -> None:
+    # Half the limit: twice the gain. At it and above: nothing. A sixteenth: 8 and no more. Without a score: nothing.
+    assert raised([1.5, 1.0, 1.0, 2.0, 1.0], [2.0, 4.0, 9.0, 0.25, 0.0], 4.0) == [3.0, 1.0, 1.0, 8.0, 1.0]
+
+
+@given(
+    prompts=st.lists(st.tuples(st.floats(0.4, 8.0), st.floats(0.0, 1e6)), min_size=1, max_size=8),
+    limit=st.floats(0.0, 1e6),
+)
+def test_a_raised_prompt_says_no_less_and_not_more_than_the_limit(
+    prompts: list[tuple[float, float]], limit: float
+) -> None:
+    for (own, score), new in zip(prompts, raised(*map(list, zip(*prompts, strict=True)), limit), strict=True):
+        assert own <= new <= 8.0
+        assert new == own or score * new / own <= limit * (1 + 1e-9)
+
+
 def edit_of(*tokens: Tensor, n_prompt: int = 1) -> RecordedEdit:
     real = torch.ones(1, len(tokens), dtype=torch.bool)
     in_prompt = torch.arange(len(tokens))[None] < n_prompt
     return RecordedEdit(ScoredInputs(torch.stack(tokens), real), in_prompt)
 
 
-def two_apart() -> tuple[NormalEquations, list[SpokenEdit]]:
-    """Edits of a prompt's token each, that were trained to 2 and to 4."""
-    tokens, outputs = torch.eye(2), torch.tensor([[2.0, 0.0], [0.0, 4.0]])
-    equations = NormalEquations.empty(torch.arange(2), 2).silent_on(torch.eye(2), 1e-6)
+def apart(*values: float) -> tuple[NormalEquations, list[SpokenEdit]]:
+    """Edits of a prompt's token each, that were trained to these."""
+    n = len(values)
+    tokens, outputs = torch.eye(n), torch.diag(torch.tensor(values))
+    equations = NormalEquations.empty(torch.arange(n), n).silent_on(torch.eye(n), 1e-6)
     spoken = []
-    for index in range(2):
+    for index in range(n):
         token, said, weight = tokens[index : index + 1], outputs[index : index + 1], torch.ones(1)
         share = equations.share(token, said, weight)
         spoken.append(SpokenEdit(edit_of(tokens[index]), share, share))
@@ -89,7 +107,7 @@ def test_two_edits_apart_meet_at_the_median() -> None:
     They begin at 3 and 6: the second's prompt goes down to the median of 4.5, and the first up to 3.75, between. Then
     they are at 3.75 and 4.5: down to 4.125, which is .6875 of 6, and up to 3.9375, which is 1.96875 * 2.
     """
-    equations, spoken = two_apart()
+    equations, spoken = apart(2.0, 4.0)
     delta_weight = torch.zeros(2, 2)
     gains = write_amplified(equations, spoken, delta_weight, settings(gain=1.5))
     assert [one.edit for one in gains] == pytest.approx([1.96875, 1.5], rel=1e-4)
@@ -99,10 +117,37 @@ def test_two_edits_apart_meet_at_the_median() -> None:
 
 def test_edits_that_are_settled_count_in_the_median() -> None:
     """A settled one at 20 where they are at 3 and 6: nothing is above the median of 6, and the first gets twice."""
-    equations, spoken = two_apart()
+    equations, spoken = apart(2.0, 4.0)
     loud = edit_of(torch.tensor([0.0, 20.0 / 6.0]))
     gains = write_amplified(equations, spoken, torch.zeros(2, 2), settings(gain=1.5), [loud])
     assert gains == [Gains(3.0), Gains(1.5)]
+
+
+def test_a_weak_prompt_is_raised_by_itself_where_its_edit_is_as_loud_as_may_be() -> None:
+    """At 1, 4 and 4 the median is 4: twice the gain brings the first to 2, and its prompt's own gain of 2 to 4."""
+    equations, spoken = apart(1.0, 4.0, 4.0)
+    delta_weight = torch.zeros(3, 3)
+    gains = write_amplified(equations, spoken, delta_weight, settings(gain=1.0))
+    assert gains == [Gains(2.0), Gains(1.0), Gains(1.0)]
+    torch.testing.assert_close(delta_weight, torch.diag(torch.tensor([2.0, 4.0, 4.0])), rtol=1e-4, atol=1e-4)
+    gains = write_amplified(equations, spoken, delta_weight, settings(gain=1.0, raise_prompts=True))
+    assert [one.edit for one in gains] == pytest.approx([2.0, 1.0, 1.0], rel=1e-4)
+    assert [one.prompt for one in gains] == pytest.approx([2.0, 1.0, 1.0], rel=1e-4)
+    torch.testing.assert_close(delta_weight, torch.diag(torch.tensor([4.0, 4.0, 4.0])), rtol=1e-4, atol=1e-4)
+
+
+def test_what_an_edit_lacks_is_asked_for_as_often_as_the_setting_says() -> None:
+    """A token that shall say 1 and be quiet, too: each time the share q of what it lacks is left of that."""
+    token = torch.eye(1)
+    equations = NormalEquations.empty(torch.arange(1), 1).silent_on(token, 1.0).saying(token, token, torch.ones(1))
+    lacks = {}
+    for times in (0, 1, 4):
+        delta_weight = torch.zeros(1, 1)
+        write_amplified(equations, [], delta_weight, settings(asked_again=times))
+        lacks[times] = 1.0 - float(delta_weight)
+    assert 0.5 < lacks[0] < 0.55
+    assert lacks[1] == pytest.approx(lacks[0] ** 2)
+    assert lacks[4] == pytest.approx(lacks[0] ** 5)
 
 
 def test_a_prompt_that_says_next_to_nothing_is_raised_alone() -> None:

@@ -12,7 +12,8 @@ too, all prompts say somewhat more than their targets do (``prompt_gain``).
 
 An edit that is far louder than the others lets in what is only a little like it: where "Ang TV" says what it says at
 " TV", every television does. So a prompt says no more than the shard's median, unless it would not be heard beside its
-target. Not in the paper.
+target. And a memory takes a text for one of its own from what its weakest edit scores on, so a prompt that is weak
+although its edit is as loud as may be can be raised by itself (``raise_prompts``). Not in the paper.
 """
 
 from __future__ import annotations
@@ -37,11 +38,10 @@ _HEARD = 0.7
 _LOUDEST_PROMPT = 8.0
 # Where a prompt is louder than the others, what it says is lowered to this at least: it is a part of the answer, too.
 _QUIETEST_PROMPT = 0.4
-# How often what the edits lack of what they shall say is asked for once more: the more a shard is quiet on, the less
-# of it they get.
-_FEEDBACK = 1
 # All scores move with each gain, a little: by then they have settled.
 _ROUNDS = 2
+# Prompts that are raised by themselves move the others' scores more.
+_ROUNDS_WITH_RAISED_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,23 @@ def equalised(
     return [
         min(max(own * middle / score if score > 0 else gain, gain), _LOUDEST * gain)
         for own, score in zip(gains, scores, strict=True)
+    ]
+
+
+def raised(prompt_gains: Sequence[float], scores: Sequence[float], limit: float) -> list[float]:
+    """The prompts' gains that would bring every score up to a limit.
+
+    Args:
+        prompt_gains: the present ones.
+        scores: Delta_act of each edit's prompt with these.
+        limit: a score, such as the shard's median.
+
+    Returns:
+        For each its own or more, but not more than 8. A prompt without any score has nothing to raise.
+    """
+    return [
+        max(own, min(own * limit / score, _LOUDEST_PROMPT)) if 0 < score < limit else own
+        for own, score in zip(prompt_gains, scores, strict=True)
     ]
 
 
@@ -148,11 +165,12 @@ def write_amplified(
     """
     factor = equations.factor()
     gains = [Gains(hparams.gain, hparams.prompt_gain)] * len(spoken)
-    for left in reversed(range(_ROUNDS + 1 if spoken else 1)):
+    rounds = _ROUNDS_WITH_RAISED_PROMPTS if hparams.raise_prompts else _ROUNDS
+    for left in reversed(range(rounds + 1 if spoken else 1)):
         louder = equations
         for edit, gain in zip(spoken, gains, strict=True):
             louder = gain.applied(louder, edit)
-        delta_weight[:, equations.columns] = louder.solution(factor, _FEEDBACK).to(delta_weight)
+        delta_weight[:, equations.columns] = louder.solution(factor, hparams.asked_again).to(delta_weight)
         if left:
             scores = edit_scores([edit.recorded for edit in spoken], delta_weight, hparams)
             beside = [one.prompt for one in edit_scores(settled, delta_weight, hparams)]
@@ -161,5 +179,8 @@ def write_amplified(
             # Which scores the prompts will have with that.
             expected = [one.prompt * new / old.prompt for one, new, old in zip(scores, prompts, gains, strict=True)]
             edits = equalised([gain.edit for gain in gains], expected, hparams.gain, beside)
+            if hparams.raise_prompts:
+                expected = [one * new / old.edit for one, new, old in zip(expected, edits, gains, strict=True)]
+                prompts = raised(prompts, expected, middle)
             gains = [Gains(edit, prompt) for edit, prompt in zip(edits, prompts, strict=True)]
     return gains

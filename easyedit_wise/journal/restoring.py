@@ -45,7 +45,15 @@ OnEdit = Callable[[int, EditRequest, EditOutcome], object]
 
 # A call names all settings that there were: what these, which came later, are where nothing is done.
 _AS_BEFORE: Mapping[str, Any] = MappingProxyType(
-    {"prompt_gain": 1.0, "level_limit": 0.0, "after_answer": 0, "unfinished_names": 0.0, "unfinished_names_after": 0}
+    {
+        "prompt_gain": 1.0,
+        "level_limit": 0.0,
+        "after_answer": 0,
+        "unfinished_names": 0.0,
+        "unfinished_names_after": 0,
+        "raise_prompts": False,
+        "asked_again": 1,
+    }
 )
 
 
