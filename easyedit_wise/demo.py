@@ -74,7 +74,7 @@ def run_demo(
     facts = demo_facts()[:n_facts]
     records = [FactRecord.from_dict(fact) for fact in facts]
 
-    editor = BaseEditor.from_hparams(hparams)
+    editor = _editor_of(BaseEditor, hparams)
     logging.getLogger("easyeditor.editors.editor").setLevel(logging.WARNING)
     console.rule(f"{len(facts)} facts into {Path(path).name}")
     console.print("Asking the unedited model ...")
@@ -101,6 +101,21 @@ def run_demo(
     console.print(f"Adapter: {adapter} ({size:.1f} MB). Loaded into a fresh base model it answers the same: {same}.")
     console.print(f"Plot: {plot}. Summary: {out / 'summary.json'}.")
     return summary
+
+
+def _editor_of(base_editor: Any, hparams: WISEHyperParams) -> Any:
+    """EasyEdit's editor, which loads the model.
+
+    Raises:
+        ValueError: EasyEdit's wheel has no loader for a model of that name; what it raises itself says nothing.
+    """
+    try:
+        return base_editor.from_hparams(hparams)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"EasyEdit has no loader for {hparams.model_name!r}: it goes by words in the name, such as gpt, llama or "
+            "baichuan. Name a link to the model's folder that has one: with 'baichuan' transformers finds out the rest."
+        ) from error
 
 
 def _edit(editor: Any, facts: Sequence[Mapping[str, Any]]) -> Any:

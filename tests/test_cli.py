@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 import easyedit_wise.demo as demo_module
 from easyedit_wise import apply_wise_to_model, load_edits
 from easyedit_wise.cli import app
+from easyedit_wise.hparams import WISEHyperParams
 from easyedit_wise.tuner.model import find_wise_layers
 
 
@@ -190,6 +191,16 @@ def test_help_and_missing_options() -> None:
     assert "demo" in result.output
     assert "edit" in result.output
     assert run("edit").exit_code == 2
+
+
+def test_a_demo_with_a_model_that_easyedit_has_no_loader_for() -> None:
+    class NoLoader:
+        @staticmethod
+        def from_hparams(hparams: WISEHyperParams) -> None:
+            raise NotImplementedError
+
+    with pytest.raises(ValueError, match=r"no loader for 'google/gemma-3-270m'.*a link.*'baichuan'"):
+        demo_module._editor_of(NoLoader, WISEHyperParams.from_hparams("gemma-3-270m"))
 
 
 def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
