@@ -64,7 +64,7 @@ class ConsolidationSettings:
 
     raise_prompts: bool = False
     """True: a prompt that is still weaker than the shard's median with twice the ``gain`` is raised to it by itself. A
-    memory takes a text for one of its own edits from what the weakest of them scores (docs/experiments.md, "W")."""
+    memory takes a text for one of its own edits from what the weakest of them scores (docs/experiments-log.md, "W")."""
     asked_again: int = 1
     """How often ``consolidation`` asks again for what the edits of a shard lack of what they shall say: the more, the
     better long targets are said, and the louder are unrelated prompts beside the weakest edit."""
