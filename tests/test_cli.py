@@ -197,7 +197,7 @@ def test_a_demo_with_a_model_that_easyedit_has_no_loader_for() -> None:
     class NoLoader:
         @staticmethod
         def from_hparams(hparams: WISEHyperParams) -> None:
-            raise NotImplementedError
+            raise NotImplementedError  # all that EasyEdit's wheel says
 
     with pytest.raises(ValueError, match=r"no loader for 'google/gemma-3-270m'.*a link.*'baichuan'"):
         demo_module._editor_of(NoLoader, WISEHyperParams.from_hparams("gemma-3-270m"))

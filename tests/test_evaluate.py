@@ -19,9 +19,7 @@ from test_datasets import write
 from typer.testing import CliRunner, Result
 
 from easyedit_wise.cli import app
-from easyedit_wise.easyedit.algorithms import (
-    settings_of,
-)
+from easyedit_wise.easyedit.algorithms import settings_of
 from easyedit_wise.easyedit.covariance import second_moments_of_samples, second_moments_of_texts
 from easyedit_wise.easyedit.probe import probe_routes
 from easyedit_wise.easyedit.wise_stream import WiseStream
