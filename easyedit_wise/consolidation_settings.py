@@ -62,12 +62,12 @@ class ConsolidationSettings:
     """What its prompt's tokens say, times this as well, beside the target's: a query is scored by its prompt alone, and
     what the target's tokens say is loud in any text that has one of them. 1: both alike."""
 
-    raise_prompts: bool = False
-    """True: a prompt that is still weaker than the shard's median with twice the ``gain`` is raised to it by itself. A
-    memory takes a text for one of its own edits from what the weakest of them scores (docs/experiments-log.md, "W")."""
     asked_again: int = 1
     """How often ``consolidation`` asks again for what the edits of a shard lack of what they shall say: the more, the
     better long targets are said, and the louder are unrelated prompts beside the weakest edit."""
+    asked_again_limit: int = 4
+    """Where an edit of a shard has a loss of over .1 nats a token all the same, it is asked twice as often, and so on
+    up to this (``editing.asked_again``). At ``asked_again`` or below: every shard is asked that often."""
 
     level_limit: float = 3.0
     """dW of a memory is multiplied by the largest of .5, .65, .8, 1, 1.25, 1.5, 2 and 3, up to this, at which its own
@@ -105,9 +105,11 @@ class ConsolidationSettings:
         if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:
             raise ValueError(f"capacity is {self.capacity!r}: it must be a finite number of at least 0, such as 0.25.")
         check_choice("mask", self.mask, MASKS)
-        for name in ("other_subjects", "scrambled", "after_answer", "unfinished_names_after", "asked_again"):
+        for name in ("other_subjects", "scrambled", "after_answer", "unfinished_names_after"):
             check_count(name, getattr(self, name))
-        for name in ("relative_scores", "varied_contexts", "raise_prompts"):
+        for name in ("asked_again", "asked_again_limit"):
+            check_count(name, getattr(self, name))
+        for name in ("relative_scores", "varied_contexts"):
             check_switch(name, getattr(self, name))
         if value > 0 and self.mask != "columns":
             raise ValueError(

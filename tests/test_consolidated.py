@@ -147,8 +147,8 @@ def test_an_iteration_has_a_quarter_of_the_tokens(llama: Any, tok: Any, limit: i
         ({"level_limit": 0.4}, "level_limit is 0.4.*>= 0.5"),
         ({"level_limit": float("inf")}, "level_limit is inf.*finite"),
         ({"level_limit": "loud"}, "level_limit is 'loud'"),
-        ({"raise_prompts": 1}, "raise_prompts is 1"),
         ({"asked_again": -1}, "asked_again is -1"),
+        ({"asked_again_limit": 1.5}, "asked_again_limit is 1.5"),
     ],
 )
 def test_settings_that_do_not_go_together(changes: dict[str, Any], message: str) -> None:

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model
 from easyedit_wise.editing import consolidated
-from easyedit_wise.editing.gain import Gains, SpokenEdit, equalised, heard, raised, write_amplified
+from easyedit_wise.editing.gain import Gains, SpokenEdit, equalised, heard, write_amplified
 from easyedit_wise.editing.recorded import EditScores, RecordedEdit, edit_scores
 from easyedit_wise.editing.scored import ScoredInputs
 from easyedit_wise.least_squares import NormalEquations
+from easyedit_wise.routing import LONG_TEXT
 
 
 def test_weak_edits_are_raised_to_the_median_by_hand() -> None:
@@ -36,49 +37,39 @@ def test_gains_stay_within_their_limits(scores: list[float], gain: float) -> Non
 def test_a_prompt_is_raised_until_it_is_heard_beside_its_target_by_hand() -> None:
     # .7 of the answered 10 is 7: the first lacks 3.5 times, the second nothing, the third more than 8 times.
     scores = [EditScores(2.0, 10.0), EditScores(9.0, 10.0), EditScores(0.1, 10.0), EditScores(0.0, 10.0)]
-    assert heard([1.0] * 4, scores) == pytest.approx([3.5, 1.0, 8.0, 1.0])
+    assert heard([1.0] * 4, scores, [0.7] * 4) == pytest.approx([3.5, 1.0, 8.0, 1.0])
     # What has been given already counts; what is not needed any more is taken back.
-    assert heard([2.0, 4.0], [EditScores(7.0, 10.0), EditScores(10.0, 10.0)]) == pytest.approx([2.0, 2.8])
+    assert heard([2.0, 4.0], [EditScores(7.0, 10.0), EditScores(10.0, 10.0)], [0.7] * 2) == pytest.approx([2.0, 2.8])
     # A prompt that is heard anyway keeps the least gain; a least gain above the limit holds all the same.
-    assert heard([1.5, 2.0], [EditScores(9.0, 10.0), EditScores(2.0, 10.0)], 1.5) == pytest.approx([1.5, 7.0])
-    assert heard([9.0], [EditScores(9.0, 10.0)], 9.0) == [9.0]
+    kept, raised_to = heard([1.5, 2.0], [EditScores(9.0, 10.0), EditScores(2.0, 10.0)], [0.7] * 2, 1.5)
+    assert (kept, raised_to) == (1.5, pytest.approx(7.0))
+    assert heard([9.0], [EditScores(9.0, 10.0)], [0.7], 9.0) == [9.0]
+    # As loud as the loudest, where that is what its share says.
+    assert heard([1.0, 1.0], [EditScores(8.0, 10.0)] * 2, [0.7, 1.0]) == pytest.approx([1.0, 1.25])
 
 
 @given(
     scores=st.lists(st.tuples(st.floats(0.0, 1e6), st.floats(0.0, 1e6)), min_size=1, max_size=8),
     before=st.floats(0.4, 8.0),
     limit=st.floats(0.0, 1e6),
+    share=st.floats(0.0, 1.0),
 )
-def test_a_prompts_gain_stays_within_its_limits(scores: list[tuple[float, float]], before: float, limit: float) -> None:
-    found = heard([before] * len(scores), [EditScores(*sorted(one)) for one in scores], 1.0, limit)
+def test_a_prompts_gain_stays_within_its_limits(
+    scores: list[tuple[float, float]], before: float, limit: float, share: float
+) -> None:
+    n = len(scores)
+    found = heard([before] * n, [EditScores(*sorted(one)) for one in scores], [share] * n, 1.0, limit)
     assert all(0.4 <= one <= 8.0 for one in found)
 
 
 def test_a_loud_prompt_is_lowered_to_the_limit_by_hand() -> None:
     # Twice the limit: half the gain. Below it: the most. A tenth of it would be needed: .4.
     scores = [EditScores(8.0, 8.0), EditScores(3.0, 3.0), EditScores(40.0, 40.0)]
-    assert heard([1.5] * 3, scores, 1.5, 4.0) == pytest.approx([0.75, 1.5, 0.4])
+    assert heard([1.5] * 3, scores, [0.7] * 3, 1.5, 4.0) == pytest.approx([0.75, 1.5, 0.4])
     # Six times the limit, but beside a target of 30 it is not heard with less than 21 of its 24.
-    assert heard([1.5], [EditScores(24.0, 30.0)], 1.5, 4.0) == pytest.approx([1.5 * 21 / 24])
+    assert heard([1.5], [EditScores(24.0, 30.0)], [0.7], 1.5, 4.0) == pytest.approx([1.5 * 21 / 24])
     # What was lowered already may say more again, up to the limit: 4 of 3, and no more than the most.
-    assert heard([0.6, 1.2], [EditScores(3.0, 3.0), EditScores(3.0, 3.0)], 1.5, 4.0) == pytest.approx([0.8, 1.5])
-
-
-def test_a_weak_prompt_is_raised_to_the_limit_by_hand() -> None:
-    # Half the limit: twice the gain. At it and above: nothing. A sixteenth: 8 and no more. Without a score: nothing.
-    assert raised([1.5, 1.0, 1.0, 2.0, 1.0], [2.0, 4.0, 9.0, 0.25, 0.0], 4.0) == [3.0, 1.0, 1.0, 8.0, 1.0]
-
-
-@given(
-    prompts=st.lists(st.tuples(st.floats(0.4, 8.0), st.floats(0.0, 1e6)), min_size=1, max_size=8),
-    limit=st.floats(0.0, 1e6),
-)
-def test_a_raised_prompt_says_no_less_and_not_more_than_the_limit(
-    prompts: list[tuple[float, float]], limit: float
-) -> None:
-    for (own, score), new in zip(prompts, raised(*map(list, zip(*prompts, strict=True)), limit), strict=True):
-        assert own <= new <= 8.0
-        assert new == own or score * new / own <= limit * (1 + 1e-9)
+    assert heard([0.6, 1.2], [EditScores(3.0, 3.0)] * 2, [0.7] * 2, 1.5, 4.0) == pytest.approx([0.8, 1.5])
 
 
 def edit_of(*tokens: Tensor, n_prompt: int = 1) -> RecordedEdit:
@@ -130,10 +121,6 @@ def test_a_weak_prompt_is_raised_by_itself_where_its_edit_is_as_loud_as_may_be()
     gains = write_amplified(equations, spoken, delta_weight, settings(gain=1.0))
     assert gains == [Gains(2.0), Gains(1.0), Gains(1.0)]
     torch.testing.assert_close(delta_weight, torch.diag(torch.tensor([2.0, 4.0, 4.0])), rtol=1e-4, atol=1e-4)
-    gains = write_amplified(equations, spoken, delta_weight, settings(gain=1.0, raise_prompts=True))
-    assert [one.edit for one in gains] == pytest.approx([2.0, 1.0, 1.0], rel=1e-4)
-    assert [one.prompt for one in gains] == pytest.approx([2.0, 1.0, 1.0], rel=1e-4)
-    torch.testing.assert_close(delta_weight, torch.diag(torch.tensor([4.0, 4.0, 4.0])), rtol=1e-4, atol=1e-4)
 
 
 def test_what_an_edit_lacks_is_asked_for_as_often_as_the_setting_says() -> None:
@@ -167,6 +154,32 @@ def test_a_prompt_that_says_next_to_nothing_is_raised_alone() -> None:
     settled = gains[0].applied(equations.saying(tokens, outputs, torch.ones(2)), edit)
     torch.testing.assert_close(settled.solution(), delta_weight, rtol=1e-4, atol=1e-4)
     assert gains == [Gains(2.0, gains[0].prompt)]
+
+
+@pytest.mark.parametrize(
+    ("n_prompt", "length", "share"),
+    [
+        (1, LONG_TEXT - 1, 0.7),
+        (1, LONG_TEXT, 1.0),
+        (LONG_TEXT - 1, LONG_TEXT, 1.0),
+        (LONG_TEXT, LONG_TEXT + 1, 0.7),  # has much else to be known by
+    ],
+)
+def test_before_a_long_target_a_short_prompt_is_as_loud_as_it(n_prompt: int, length: int, share: float) -> None:
+    """A prompt of tokens that were trained to 5, and a target of which each token was trained to 10."""
+    tokens = torch.eye(length)
+    outputs = torch.diag(torch.where(torch.arange(length) < n_prompt, 5.0, 10.0))
+    equations = NormalEquations.empty(torch.arange(length), length).silent_on(tokens, 1e-6)
+    weights = torch.ones(length)
+    edit = SpokenEdit(
+        edit_of(*tokens, n_prompt=n_prompt),
+        equations.share(tokens, outputs, weights),
+        equations.share(tokens[:n_prompt], outputs[:n_prompt], weights[:n_prompt]),
+    )
+    delta_weight = torch.zeros(length, length)
+    (gain,) = write_amplified(equations.saying(tokens, outputs, weights), [edit], delta_weight, settings(**ON))
+    assert float(delta_weight[0, 0]) == pytest.approx(share * float(delta_weight[-1, -1]), rel=1e-3)
+    assert gain.prompt == pytest.approx(2.0 * share, rel=1e-3)
 
 
 def test_every_prompt_speaks_as_strongly_as_the_setting_says() -> None:

@@ -16,7 +16,7 @@ from test_consolidated import ON, about
 from easyedit_wise.easyedit.apply import apply_wise_to_model
 from easyedit_wise.editing import level as level_module
 from easyedit_wise.editing.held import HeldEdit
-from easyedit_wise.editing.level import LEVELS, bearable_level, level_losses, loudest_bearable
+from easyedit_wise.editing.level import LEVELS, bearable_level, level_losses, loudest_bearable, recorded_answers
 from easyedit_wise.editing.recorded import edit_scores
 from easyedit_wise.editing.requests import EditRequest
 from easyedit_wise.persistence import load_edits, save_edits
@@ -74,11 +74,14 @@ def test_many_tokens_are_asked_in_several_forwards_with_the_same_result(llama: A
     stream = stream_on(model)
     requests, recorder = [held.request for held in stream.held], stream._recorder
     delta_weight = only_layer(model).memories("default")[0].delta_weight
-    found = set()
+    found, forwards = set(), []
     for tokens in (None, 4):
         recorder.hparams.context_tokens = tokens
         with recorder.main_memory_only():
-            found.add(bearable_level(recorder, requests, delta_weight, 2.0))
+            answers = recorded_answers(recorder, requests)
+            found.add(bearable_level(answers, delta_weight, recorder.hparams, 2.0))
+        forwards.append(len(answers))
+    assert forwards == [1, 3]
     assert len(found) == 1
     assert found <= set(LEVELS)
 

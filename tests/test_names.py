@@ -15,11 +15,13 @@ from test_consolidated import ON
 from test_requests import Characters
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model, stream_of
+from easyedit_wise.editing import stream as stream_module
 from easyedit_wise.editing.consolidated import with_irrelevant, with_trained
 from easyedit_wise.editing.names import NameTokens, name_tokens, names_known
 from easyedit_wise.editing.open_shard import OpenShard
 from easyedit_wise.editing.recorder import plain_edits
 from easyedit_wise.editing.requests import EditRequest, pair_batch
+from easyedit_wise.editing.shards import settings_after
 from easyedit_wise.editing.steepest import kernel, train_steepest
 from easyedit_wise.least_squares import NormalEquations
 from easyedit_wise.routing import LONG_TEXT
@@ -218,6 +220,26 @@ def test_only_memories_after_so_many_others(llama: Any, tok: Any) -> None:
     assert later[0].epsilon == without[0].epsilon
     for place in (1, 2):
         assert not torch.equal(later[place].delta_weight, without[place].delta_weight)
+
+
+def test_a_long_prompt_has_quiet_names_in_every_memory() -> None:
+    hparams = settings(**ON | {"unfinished_names": 0.5, "unfinished_names_after": 2})
+    found = {
+        (n_earlier, n_tokens): settings_after(hparams, n_earlier, n_tokens).unfinished_names
+        for n_earlier in (1, 2)
+        for n_tokens in (LONG_TEXT - 1, LONG_TEXT)
+    }
+    assert found == {(1, LONG_TEXT - 1): 0.0, (1, LONG_TEXT): 0.5, (2, LONG_TEXT - 1): 0.5, (2, LONG_TEXT): 0.5}
+
+
+def test_the_shortest_prompt_of_a_batch_decides_whether_names_are_quiet(
+    llama: Any, tok: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(stream_module, "settings_after", lambda hparams, _, n: seen.append(n) or hparams)
+    asked = [{"prompt": prompt, "target_new": "Lyon"} for prompt in ("Zürich is", "Zürich is a town in the north of")]
+    apply_wise_to_model(llama, tok, asked, settings(**ON | {"batch_size": 2, "n_iter": 1}))
+    assert seen == [len(tok("Zürich is")["input_ids"])]
 
 
 def test_edits_that_do_not_say_what_they_are_about_are_as_without_it(llama: Any, tok: Any) -> None:

@@ -162,8 +162,11 @@ def with_trained(
         weights = _context_weights(group, task)
         if hparams.unfinished_names:  # the quiet side has the former, and the latter say what follows from the rest
             weights = torch.where(group.unfinished | group.beside, 0.0, weights)
-        equations = equations.saying(group.activations, said, weights)
         edit = group.row // (len(group.batch.input_ids) // task.n_edits)
+        if any(task.n_inherited):  # there the inherited edits say what is said
+            n_inherited = torch.tensor(task.n_inherited, device=edit.device)[edit]
+            weights = torch.where(_is_plain(group, task) & (group.place < n_inherited), 0.0, weights)
+        equations = equations.saying(group.activations, said, weights)
         for index in range(len(recorded)):
             own = edit == index
             for total, some in ((shares[index], own), (prompts[index], own & group.in_prompt)):
@@ -174,9 +177,13 @@ def with_trained(
 def _context_weights(group: RecordedContexts, task: EditTask) -> Tensor:
     """What each token of some contexts counts, shape (N,)."""
     # The plain prompt stands in every group, and counts once.
-    plain = group.row % (len(group.batch.input_ids) // task.n_edits) == 0
-    weights = torch.where(plain, 1.0 / len(task.contexts), _CONTEXT_WEIGHT)
+    weights = torch.where(_is_plain(group, task), 1.0 / len(task.contexts), _CONTEXT_WEIGHT)
     return torch.where(group.in_prompt, _PROMPT_WEIGHT * weights, weights)
+
+
+def _is_plain(group: RecordedContexts, task: EditTask) -> Tensor:
+    """Which tokens of some contexts are of a plain prompt and its target, bool, shape (N,)."""
+    return group.row % (len(group.batch.input_ids) // task.n_edits) == 0
 
 
 def keep_to_norm_constraint(delta_weight: Tensor, hparams: WISEHyperParams) -> None:
@@ -221,7 +228,6 @@ def write_solution(shard: OpenShard, delta_weight: Tensor, hparams: WISEHyperPar
 
 
 def train_into(
-    delta_weight: Tensor,
     shard: OpenShard,
     task: EditTask,
     recorded: Sequence[RecordedEdit],
@@ -230,11 +236,9 @@ def train_into(
     label: str,
     on_iteration: Callable[[int, float], None] | None = None,
 ) -> tuple[OpenShard, EditOutcome]:
-    """Train the edits of a task, and solve for dW with them.
+    """Train the edits of a task, and put them into the shard's problem.
 
     Args:
-        delta_weight: dW of the shard, shape (d_out, d_in), changed in place; if anything is raised, the caller has to
-            put it back.
         shard: with its problem so far.
         task: the edits.
         recorded: the edits as the router sees them.
@@ -244,10 +248,10 @@ def train_into(
         on_iteration: called with the iteration and its loss.
 
     Returns:
-        (the shard with these edits in its problem, what training gave).
+        (the shard with these edits in its problem, which is to be solved yet; what training gave).
 
     Raises:
-        EditDivergedError: the loss or the solution is not finite.
+        EditDivergedError: the loss is not finite.
         ValueError: the shard has no problem.
     """
     if shard.equations is None:
@@ -257,8 +261,8 @@ def train_into(
     quiet = equations
     if task.inherited is not None:  # what is the other edits' is divided out of this one's
         quiet = quiet.silent_on(task.inherited.activations, _PROMPT_WEIGHT)
-    trained = train_steepest(quiet, len(delta_weight), task, hparams, step, label, on_iteration)
+    trained = train_steepest(quiet, len(equations.outputs), task, hparams, step, label, on_iteration)
     equations = with_inherited(equations, task.inherited, hparams)
     equations, spoken = with_trained(equations, task, trained.outputs, recorded, hparams)
     shard = replace(shard, equations=equations, spoken=(*shard.spoken, *spoken))
-    return write_solution(shard, delta_weight, hparams), trained.losses
+    return shard.with_tokens_of(task.inherited), trained.losses

@@ -12,8 +12,7 @@ too, all prompts say somewhat more than their targets do (``prompt_gain``).
 
 An edit that is far louder than the others lets in what is only a little like it: where "Ang TV" says what it says at
 " TV", every television does. So a prompt says no more than the shard's median, unless it would not be heard beside its
-target. And a memory takes a text for one of its own from what its weakest edit scores on, so a prompt that is weak
-although its edit is as loud as may be can be raised by itself (``raise_prompts``). Not in the paper.
+target; before a long target a short one is to be as loud as any token of it. Not in the paper.
 """
 
 from __future__ import annotations
@@ -28,20 +27,22 @@ from torch import Tensor
 
 from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
+from ..routing import LONG_TEXT
 from .recorded import EditScores, RecordedEdit, edit_scores
 
 # A weak edit is raised by no more than this: one that the model half knew needs no loud answer.
 _LOUDEST = 2.0
 # An edit's prompt shall score at least this share of the loudest of its prompt and target.
 _HEARD = 0.7
+# And a short prompt all of it where the two together are long: some of many tokens are ordinary words, which other
+# texts have, too, and a threshold can only lie below the weakest prompt. A long prompt would be raised at its full stops.
+_SHORT_HEARD_IN_LONG_TEXT = 1.0
 # For that, what its prompt says is raised by no more than this, beside the gain of the whole edit.
 _LOUDEST_PROMPT = 8.0
 # Where a prompt is louder than the others, what it says is lowered to this at least: it is a part of the answer, too.
 _QUIETEST_PROMPT = 0.4
 # All scores move with each gain, a little: by then they have settled.
 _ROUNDS = 2
-# Prompts that are raised by themselves move the others' scores more.
-_ROUNDS_WITH_RAISED_PROMPTS = 4
 
 
 @dataclass(frozen=True)
@@ -95,31 +96,19 @@ def equalised(
     ]
 
 
-def raised(prompt_gains: Sequence[float], scores: Sequence[float], limit: float) -> list[float]:
-    """The prompts' gains that would bring every score up to a limit.
-
-    Args:
-        prompt_gains: the present ones.
-        scores: Delta_act of each edit's prompt with these.
-        limit: a score, such as the shard's median.
-
-    Returns:
-        For each its own or more, but not more than 8. A prompt without any score has nothing to raise.
-    """
-    return [
-        max(own, min(own * limit / score, _LOUDEST_PROMPT)) if 0 < score < limit else own
-        for own, score in zip(prompt_gains, scores, strict=True)
-    ]
-
-
 def heard(
-    prompt_gains: Sequence[float], scores: Sequence[EditScores], most: float = 1.0, limit: float = math.inf
+    prompt_gains: Sequence[float],
+    scores: Sequence[EditScores],
+    shares: Sequence[float],
+    most: float = 1.0,
+    limit: float = math.inf,
 ) -> list[float]:
     """The prompts' gains that would let every prompt be heard beside its target, and none be loud without need.
 
     Args:
         prompt_gains: the present ones.
         scores: of each edit with these.
+        shares: the share of the loudest of its prompt and target from which each prompt is heard.
         most: of a prompt that is heard anyway.
         limit: a score that no prompt exceeds without need.
 
@@ -128,16 +117,21 @@ def heard(
         is more.
     """
     gains = []
-    for own, one in zip(prompt_gains, scores, strict=True):
+    for own, one, share in zip(prompt_gains, scores, shares, strict=True):
         if one.prompt <= 0:
             gains.append(most)
             continue
         reach = own / one.prompt
         # Where the prompt is the louder one, it is heard, unless it is so only by having been raised.
         may_need = one.answered > one.prompt or own > most
-        needed = min(reach * _HEARD * one.answered, _LOUDEST_PROMPT) if may_need else 0.0
+        needed = min(reach * share * one.answered, _LOUDEST_PROMPT) if may_need else 0.0
         gains.append(max(min(max(reach * limit, _QUIETEST_PROMPT), most), needed))
     return gains
+
+
+def _heard_share(edit: RecordedEdit) -> float:
+    crosses = int(edit.prompt_mask.sum()) < LONG_TEXT <= len(edit.answered.activations)
+    return _SHORT_HEARD_IN_LONG_TEXT if crosses else _HEARD
 
 
 @torch.no_grad()
@@ -164,9 +158,9 @@ def write_amplified(
         torch.linalg.LinAlgError: the problem is not finite.
     """
     factor = equations.factor()
+    shares = [_heard_share(edit.recorded) for edit in spoken]
     gains = [Gains(hparams.gain, hparams.prompt_gain)] * len(spoken)
-    rounds = _ROUNDS_WITH_RAISED_PROMPTS if hparams.raise_prompts else _ROUNDS
-    for left in reversed(range(rounds + 1 if spoken else 1)):
+    for left in reversed(range(_ROUNDS + 1 if spoken else 1)):
         louder = equations
         for edit, gain in zip(spoken, gains, strict=True):
             louder = gain.applied(louder, edit)
@@ -175,12 +169,9 @@ def write_amplified(
             scores = edit_scores([edit.recorded for edit in spoken], delta_weight, hparams)
             beside = [one.prompt for one in edit_scores(settled, delta_weight, hparams)]
             middle = median([*(one.prompt for one in scores), *beside])
-            prompts = heard([gain.prompt for gain in gains], scores, hparams.prompt_gain, middle)
+            prompts = heard([gain.prompt for gain in gains], scores, shares, hparams.prompt_gain, middle)
             # Which scores the prompts will have with that.
             expected = [one.prompt * new / old.prompt for one, new, old in zip(scores, prompts, gains, strict=True)]
             edits = equalised([gain.edit for gain in gains], expected, hparams.gain, beside)
-            if hparams.raise_prompts:
-                expected = [one * new / old.edit for one, new, old in zip(expected, edits, gains, strict=True)]
-                prompts = raised(prompts, expected, middle)
             gains = [Gains(edit, prompt) for edit, prompt in zip(edits, prompts, strict=True)]
     return gains

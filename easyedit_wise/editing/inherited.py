@@ -2,12 +2,15 @@
 
 Of a text that is edited sentence by sentence, each prompt is the beginning of the next one. Up to there a causal
 model sees no difference: the router can hardly tell such edits apart, and a shard cannot be quiet on the one and active
-on the other. It need not be: where it says what the other memory says, either may answer. Not in the paper.
+on the other. It need not be: where it says what the other memory says, either may answer.
+
+As long as the two texts are the same, token by token, they ask the same layer input for different outputs, and the mean
+of both answers neither. So each token is one edit's: that one's which has its answer there. Not in the paper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,8 +40,12 @@ class Inherited:
     in_prompt: Tensor
 
     @classmethod
-    def of(cls, edits: Iterable[tuple[RecordedEdit, Tensor]]) -> Inherited | None:
-        """Of edits, each with dW of its memory, shape (d_out, d_in); None without any."""
+    def of(cls, edits: Iterable[tuple[RecordedEdit, Tensor, Collection[int]]]) -> Inherited | None:
+        """Of edits, each with dW of its memory, shape (d_out, d_in), and the tokens that are not its own.
+
+        Returns:
+            None without any edit.
+        """
         parts = [cls._one(*edit) for edit in edits]
         if not parts:
             return None
@@ -50,9 +57,38 @@ class Inherited:
 
     @classmethod
     @torch.no_grad()
-    def _one(cls, edit: RecordedEdit, delta_weight: Tensor) -> Inherited:
-        tokens = edit.answered.activations.to(delta_weight)
-        return cls(tokens, F.linear(tokens, delta_weight), edit.prompt_mask[edit.answered.token_mask].bool())
+    def _one(cls, edit: RecordedEdit, delta_weight: Tensor, left: Collection[int]) -> Inherited:
+        kept = [place for place in range(len(edit.answered.activations)) if place not in left]
+        tokens = edit.answered.activations[kept].to(delta_weight)
+        return cls(tokens, F.linear(tokens, delta_weight), edit.prompt_mask[edit.answered.token_mask].bool()[kept])
+
+
+def shared_beginning(tokens: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two texts have in common before they differ."""
+    for place, (own, its) in enumerate(zip(tokens, other, strict=False)):
+        if own != its:
+            return place
+    return min(len(tokens), len(other))
+
+
+def divided(own: tuple[Sequence[int], int], other: tuple[Sequence[int], int]) -> tuple[range, int]:
+    """Whose the tokens are that the texts of a new edit and of an inherited one begin with.
+
+    Where one of them has its answer, and at the token before, a token is that one's, and the new edit's where both do.
+    Both prompts' are the shorter one's, which has nothing else.
+
+    Args:
+        own: the new edit's tokens, prompt and target, and how many are the prompt's.
+        other: the inherited edit's.
+
+    Returns:
+        (the places that the inherited edit leaves to the new one; how many first places the new one leaves to it).
+    """
+    shared = shared_beginning(own[0], other[0])
+    if other[1] > own[1]:
+        return range(shared), 0
+    left = min(shared, own[1] - 1)
+    return range(left, shared), left
 
 
 def inherited_by(

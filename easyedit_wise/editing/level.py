@@ -48,16 +48,16 @@ def loudest_bearable(losses: Tensor, levels: Sequence[float]) -> float:
 
 
 @torch.no_grad()
-def write_level(recorder: PromptRecorder, requests: Sequence[EditRequest], delta_weight: Tensor) -> None:
+def write_level(answers: Sequence[RecordedContexts], delta_weight: Tensor, hparams: WISEHyperParams) -> None:
     """Multiply dW, shape (d_out, d_in), in place by :func:`bearable_level`, entries clamped to ``norm_constraint``.
 
     Args:
-        recorder: records the edits at the layer, with the present settings.
-        requests: the memory's edits, and what else it shall answer.
+        answers: see :func:`recorded_answers`.
         delta_weight: as solved.
+        hparams: settings.
     """
-    delta_weight.mul_(bearable_level(recorder, requests, delta_weight, recorder.hparams.level_limit))
-    keep_to_norm_constraint(delta_weight, recorder.hparams)
+    delta_weight.mul_(bearable_level(answers, delta_weight, hparams, hparams.level_limit))
+    keep_to_norm_constraint(delta_weight, hparams)
 
 
 @torch.no_grad()
@@ -83,26 +83,49 @@ def level_losses(
     return torch.stack(losses)
 
 
+def answer_losses(
+    answers: Sequence[RecordedContexts], delta_weight: Tensor, levels: Sequence[float], hparams: WISEHyperParams
+) -> Tensor:
+    """:func:`level_losses` of all of a memory's edits, shape (L, E).
+
+    Args:
+        answers: see :func:`recorded_answers`.
+        delta_weight: dW, shape (d_out, d_in).
+        levels: L multiples of it.
+        hparams: settings.
+    """
+    return torch.cat([level_losses(some, delta_weight, levels, hparams) for some in answers], dim=1)
+
+
 def bearable_level(
-    recorder: PromptRecorder, requests: Sequence[EditRequest], delta_weight: Tensor, limit: float
+    answers: Sequence[RecordedContexts], delta_weight: Tensor, hparams: WISEHyperParams, limit: float
 ) -> float:
     """What dW is to be multiplied by, of :data:`LEVELS` up to ``limit``: see :func:`loudest_bearable`.
 
-    The edits are recorded anew from their texts, so that nothing has to be kept for it; of very many the latest 16.
+    Args:
+        answers: see :func:`recorded_answers`.
+        delta_weight: dW as solved, shape (d_out, d_in).
+        hparams: settings.
+        limit: the largest level.
+    """
+    levels = [level for level in LEVELS if level <= limit]
+    return loudest_bearable(answer_losses(answers, delta_weight, levels, hparams), levels)
+
+
+def recorded_answers(recorder: PromptRecorder, requests: Sequence[EditRequest]) -> list[RecordedContexts]:
+    """A memory's edits, recorded anew from their texts, so that nothing has to be kept for it; of very many the latest.
 
     Args:
         recorder: records them at the layer.
         requests: the memory's edits, and what else it shall answer.
-        delta_weight: dW as solved, shape (d_out, d_in).
-        limit: the largest level.
+
+    Returns:
+        Their plain prompts with the targets, some at a time.
     """
-    hparams = recorder.hparams
-    levels = [level for level in LEVELS if level <= limit]
-    losses = []
-    for some in _within(recorder, requests[-WATCHED:]):
-        contexts = recorder.contexts([[request.prompt] for request in some], some)
-        losses.append(level_losses(contexts, delta_weight, levels, hparams))
-    return loudest_bearable(torch.cat(losses, dim=1), levels)
+    return [
+        recorder.contexts([[request.prompt] for request in some], some)
+        for some in _within(recorder, requests[-WATCHED:])
+    ]
 
 
 def _within(recorder: PromptRecorder, requests: Sequence[EditRequest]) -> Iterator[list[EditRequest]]:

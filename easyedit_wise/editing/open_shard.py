@@ -8,7 +8,7 @@ for the first, and for the second the few edits that are nearest to being lost, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..hparams import WISEHyperParams
 from ..least_squares import NormalEquations
 from ..sketching import frequent_directions
 from .gain import SpokenEdit
+from .inherited import Inherited
 from .recorded import EditScores, RecordedEdit, edit_scores
 from .task import Rehearsed
 
@@ -34,7 +35,7 @@ class OpenShard:
         watched: the edits nearest to being lost, at most ``WATCHED``.
         others: the last known scores of the rest.
         sketch: rows that stand for A(x) of all tokens of all edits; None without rehearsal.
-        n_tokens: of all edits, prompts and targets.
+        n_tokens: of all edits, prompts and targets, and of what they inherited.
         equations: the shard's least-squares problem; None without consolidation.
         spoken: what the latest edits of the problem say; the gain of the others is settled.
     """
@@ -57,6 +58,10 @@ class OpenShard:
         spoken = [one.recorded.answered.activations for one in self.spoken]
         # Compared by content: a shard that was put back from a journal has its own copies of either.
         return [edit for edit in self.watched if not any(torch.equal(edit.answered.activations, one) for one in spoken)]
+
+    def with_tokens_of(self, inherited: Inherited | None) -> OpenShard:
+        """With the tokens of what some of its edits inherited: they take as much room as the edits' own."""
+        return self if inherited is None else replace(self, n_tokens=self.n_tokens + len(inherited.activations))
 
     def joined(
         self, edits: Sequence[RecordedEdit], delta_weight: Tensor, hparams: WISEHyperParams

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..hparams import WISEHyperParams
 from ..merging import merge
+from ..routing import LONG_TEXT
 from ..sharding import column_mask, random_mask
 from ..tuner.memory import LIVE, MERGED, SHARD, MemoryState
 from .subspace import MaskedEntries
@@ -23,9 +24,15 @@ def shard_size(hparams: WISEHyperParams) -> int:
     return hparams.save_freq or hparams.merge_freq
 
 
-def settings_after(hparams: WISEHyperParams, n_earlier: int) -> WISEHyperParams:
-    """The settings of a shard with so many memories before it: ``unfinished_names`` is of later ones alone."""
-    if not hparams.unfinished_names or n_earlier >= hparams.unfinished_names_after:
+def settings_after(hparams: WISEHyperParams, n_earlier: int, n_tokens: int = 0) -> WISEHyperParams:
+    """The settings of a shard with so many memories before it: ``unfinished_names`` is of later ones, and long prompts.
+
+    Args:
+        hparams: settings.
+        n_earlier: the memories before it.
+        n_tokens: of the shortest prompt among the edits to come. A long one has much else to be known by.
+    """
+    if not hparams.unfinished_names or n_earlier >= hparams.unfinished_names_after or n_tokens >= LONG_TEXT:
         return hparams
     return replace(hparams, unfinished_names=0.0)
 

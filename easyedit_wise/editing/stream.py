@@ -18,10 +18,11 @@ from ..hparams import WISEHyperParams
 from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, MemoryState
+from .asked_again import write_what_is_needed
 from .consolidated import train_into
 from .elsewhere import with_elsewhere
 from .held import CommitSink, Committed, HeldEdit, Snapshot
-from .level import write_level
+from .level import recorded_answers, write_level
 from .open_shard import OpenShard
 from .overruled import overruled, standing, without_repeats
 from .recorded import RecordedEdit
@@ -252,16 +253,18 @@ class EditStream:
             if self._elsewhere is None:
                 elsewhere = self._tasks.elsewhere([one.request for one in outside]) if outside else None
                 self._elsewhere = self._tasks.with_elsewhere(elsewhere, held)
-            kept, memories = standing(held, requests), self.layer.memories(self.adapter_name)
-            equations = self._tasks.equations(live, held, kept, self._elsewhere, outside, memories)
-            shard = replace(shard, equations=equations)
+            kept = standing(held, requests)
+            inherited = self._tasks.inherited(kept, outside, self.layer.memories(self.adapter_name))
+            equations = self._tasks.equations(live, held, kept, self._elsewhere, outside, inherited)
+            shard = replace(shard, equations=equations).with_tokens_of(inherited)
         step = self.hparams.edit_lr * (self._recorder.units().output_norm if self.hparams.layer_units else 1.0)
-        hparams = settings_after(self.hparams, self._n_earlier(place))
-        shard, outcome = train_into(
-            live.delta_weight, shard, task, recorded, hparams, step, self._label(requests), on_iteration
-        )
-        if self.hparams.level_limit:
-            write_level(self._recorder, self._tasks.answered_by([*held, *requests], outside), live.delta_weight)
+        n_tokens = min(len(self.tok(self._recorder.rendered(request.prompt))["input_ids"]) for request in requests)
+        hparams = settings_after(self.hparams, self._n_earlier(place), n_tokens)
+        shard, outcome = train_into(shard, task, recorded, hparams, step, self._label(requests), on_iteration)
+        answers = recorded_answers(self._recorder, self._tasks.answered_by([*held, *requests], outside))
+        shard = write_what_is_needed(shard, live.delta_weight, answers, hparams)
+        if hparams.level_limit:
+            write_level(answers, live.delta_weight, hparams)
         self._elsewhere = with_elsewhere(self._elsewhere, recorded)
         return shard, outcome
 

@@ -47,6 +47,12 @@ class RecordedContexts:
         return self.positions // self.batch.input_ids.shape[1]
 
     @property
+    def place(self) -> Tensor:
+        """Which token of its sequence each of the N tokens is, from 0, shape (N,); padding counts where it is kept."""
+        row = self.row
+        return torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+
+    @property
     def in_prompt(self) -> Tensor:
         """Which of the N tokens stand before the target, bool, shape (N,)."""
         return self.batch.prompt_mask.flatten()[self.positions]
@@ -131,6 +137,8 @@ class EditTask:
         scrambled_targets: the tokens of the edits' targets among others, or None.
         related: edits that other memories hold about the same subjects, with their targets, or None.
         inherited: those that one of these goes on from or that go on from it, and what they say, or None.
+        n_inherited: how many first tokens of each edit's plain prompt and target are those of edits that it inherited
+            (:func:`.inherited.divided`); empty: none.
         overruled: edits that other memories hold of the very same prompts, with their targets, or None.
         after_answers: what the main memory would write behind the targets, or None.
         unit: what Delta_act and the rehearsal's distances are counted in.
@@ -147,6 +155,7 @@ class EditTask:
     scrambled_targets: ScoredInputs | None = None
     related: ScoredInputs | None = None
     inherited: Inherited | None = None
+    n_inherited: Sequence[int] = ()
     base_weight: Tensor | None = None
     overruled: ScoredInputs | None = None
     after_answers: ScoredInputs | None = None

@@ -15,11 +15,11 @@ from .consolidated import opened, rebuilt, with_inherited
 from .contexts import context_groups, in_groups
 from .elsewhere import with_elsewhere, without_answered, without_own
 from .held import HeldEdit
-from .inherited import Inherited, inherited_by
+from .inherited import Inherited, divided, inherited_by
 from .open_shard import OpenShard
 from .overruled import latest, overruled
 from .recorder import PromptRecorder
-from .requests import EditRequest, encode_pair, related
+from .requests import EditRequest, continued, encode_pair, related
 from .scored import ScoredInputs
 from .task import EditTask
 from .variations import about_others, scrambled, varied_contexts
@@ -75,6 +75,7 @@ class TaskMaker:
         groups = list(zip(*(self._context_groups(request, size) for request in requests), strict=True))[:n_groups]
         endings = self._recorder.endings(requests) if self.hparams.ending else None
         contexts = [self._recorder.contexts(prompts, requests, endings) for prompts in groups]
+        inherited = inherited_by(requests, elsewhere, _RELATED, held) if self.hparams.consolidation else []
         others = self._about_others(requests)
         irrelevant, irrelevant_of = self._irrelevant_inputs(own)
         past = self._past_inputs(requests, outside) if self.hparams.replay else None
@@ -87,7 +88,8 @@ class TaskMaker:
             irrelevant_of,
             about_others=others,
             related=self._related(requests, outside) if self.hparams.consolidation else None,
-            inherited=self._inherited(requests, elsewhere, memories, held) if self.hparams.consolidation else None,
+            inherited=self.inherited(requests, elsewhere, memories, held) if inherited else None,
+            n_inherited=[self._left_to(request, inherited) for request in requests],
             scrambled_targets=self._scrambled_targets(requests),
             base_weight=whole,
             after_answers=self._recorder.after_answers(requests, endings) if self.hparams.after_answer else None,
@@ -120,7 +122,7 @@ class TaskMaker:
         kept: Sequence[EditRequest],
         elsewhere: Tensor | None,
         others: Sequence[HeldEdit],
-        memories: Sequence[MemoryState],
+        inherited: Inherited | None,
     ) -> NormalEquations:
         """The least-squares problem of a shard that was just begun, or that is known by its edits' texts.
 
@@ -130,7 +132,7 @@ class TaskMaker:
             kept: those of them that shall hold, see :func:`.overruled.standing`.
             elsewhere: :func:`with_elsewhere` of all edits, ``held`` among them.
             others: edits that other memories hold.
-            memories: all of them, as ``others`` counts them.
+            inherited: what ``kept`` inherited, see :meth:`inherited`.
 
         Raises:
             ValueError: its mask is not of whole columns.
@@ -145,7 +147,7 @@ class TaskMaker:
             equations = without_answered(equations, self._overruled(kept, [one.request for one in others]))
         for some in self._recorder.edits(kept):
             equations = rebuilt(equations, some, live.delta_weight, self.hparams)
-        return with_inherited(equations, self._inherited(kept, others, memories), self.hparams)
+        return with_inherited(equations, inherited, self.hparams)
 
     def answered_by(self, shard: Sequence[EditRequest], elsewhere: Sequence[HeldEdit]) -> list[EditRequest]:
         """What a shard shall answer: other memories' edits that it inherited, and its own; of one prompt the latest."""
@@ -194,19 +196,39 @@ class TaskMaker:
         recorded = [edit.answered for some in self._recorder.edits(requests) for edit in some]
         return ScoredInputs.stack(recorded) if recorded else None
 
-    def _inherited(
+    def inherited(
         self,
         requests: Sequence[EditRequest],
         elsewhere: Sequence[HeldEdit],
         memories: Sequence[MemoryState],
         shard: Sequence[EditRequest] = (),
     ) -> Inherited | None:
-        """What other memories say of their edits that one of these goes on from, or that go on from one of these."""
+        """What other memories say of their edits that one of these goes on from, or that go on from one of these.
+
+        Without the tokens that are these edits' own, see :func:`.inherited.divided`.
+        """
         found = inherited_by(requests, elsewhere, _RELATED, shard)
         recorded = (edit for some in self._recorder.edits([held.request for held in found]) for edit in some)
+        own = [(request.prompt, self._tokens(request)) for request in requests]
         return Inherited.of(
-            (edit, memories[held.memory].delta_weight) for edit, held in zip(recorded, found, strict=True)
+            (edit, memories[held.memory].delta_weight, self._left_by(held.request, own))
+            for edit, held in zip(recorded, found, strict=True)
         )
+
+    def _left_by(self, other: EditRequest, own: Sequence[tuple[str, tuple[list[int], int]]]) -> set[int]:
+        """The places in an inherited edit's text that are one of some new edits', given by their prompts and tokens."""
+        its = self._tokens(other)
+        shared = [divided(tokens, its)[0] for prompt, tokens in own if continued(prompt, other.prompt)]
+        return {place for places in shared for place in places}
+
+    def _left_to(self, request: EditRequest, others: Sequence[HeldEdit]) -> int:
+        """How many first tokens of a new edit's text are those of edits that it inherits."""
+        own = self._tokens(request)
+        goes_on = [one.request for one in others if continued(request.prompt, one.request.prompt)]
+        return max((divided(own, self._tokens(other))[1] for other in goes_on), default=0)
+
+    def _tokens(self, request: EditRequest) -> tuple[list[int], int]:
+        return encode_pair(self._recorder.tok, self._recorder.rendered(request.prompt), request.target)
 
     def _scrambled_targets(self, requests: Sequence[EditRequest]) -> ScoredInputs | None:
         """The tokens of each request's target out of order among those of neutral prompts."""

@@ -51,8 +51,8 @@ _AS_BEFORE: Mapping[str, Any] = MappingProxyType(
         "after_answer": 0,
         "unfinished_names": 0.0,
         "unfinished_names_after": 0,
-        "raise_prompts": False,
         "asked_again": 1,
+        "asked_again_limit": 0,
     }
 )
 
