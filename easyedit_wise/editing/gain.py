@@ -35,7 +35,7 @@ _LOUDEST = 2.0
 # An edit's prompt shall score at least this share of the loudest of its prompt and target.
 _HEARD = 0.7
 # And a short prompt all of it where the two together are long: some of many tokens are ordinary words, which other
-# texts have, too, and a threshold can only lie below the weakest prompt. A long prompt would be raised at its full stops.
+# texts have, too, and a threshold can only lie below the weakest prompt. A long prompt would be raised at full stops.
 _SHORT_HEARD_IN_LONG_TEXT = 1.0
 # For that, what its prompt says is raised by no more than this, beside the gain of the whole edit.
 _LOUDEST_PROMPT = 8.0
