@@ -105,9 +105,8 @@ class ConsolidationSettings:
         if not is_number(self.capacity) or not math.isfinite(self.capacity) or self.capacity < 0:
             raise ValueError(f"capacity is {self.capacity!r}: it must be a finite number of at least 0, such as 0.25.")
         check_choice("mask", self.mask, MASKS)
-        for name in ("other_subjects", "scrambled", "after_answer", "unfinished_names_after"):
-            check_count(name, getattr(self, name))
-        for name in ("asked_again", "asked_again_limit"):
+        counts = ("other_subjects", "scrambled", "after_answer", "unfinished_names_after")
+        for name in (*counts, "asked_again", "asked_again_limit"):
             check_count(name, getattr(self, name))
         for name in ("relative_scores", "varied_contexts"):
             check_switch(name, getattr(self, name))

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..hparams import WISEHyperParams
 from .consolidated import write_solution
-from .level import answer_losses
+from .level import answer_losses, nearly_best
 from .open_shard import OpenShard
 from .task import RecordedContexts
 
@@ -41,8 +41,7 @@ def fewest_needed(losses: Tensor, times: Sequence[int]) -> int:
     """
     if not losses.numel():
         raise ValueError(f"losses have the shape {tuple(losses.shape)}: give at least one time and one edit.")
-    mean = losses.nan_to_num(nan=_LOST).clamp(max=_LOST).mean(dim=1)
-    return times[int((mean <= mean.min() + _SLACK).nonzero().min())]
+    return times[int(nearly_best(losses, _LOST, _SLACK).min())]
 
 
 @torch.no_grad()

@@ -43,8 +43,19 @@ def loudest_bearable(losses: Tensor, levels: Sequence[float]) -> float:
     """
     if not losses.numel():
         raise ValueError(f"losses have the shape {tuple(losses.shape)}: give at least one level and one edit.")
-    mean = losses.nan_to_num(nan=_LOST).clamp(max=_LOST).mean(dim=1)
-    return levels[int((mean <= mean.min() + _SLACK).nonzero().max())]
+    return levels[int(nearly_best(losses, _LOST, _SLACK).max())]
+
+
+def nearly_best(losses: Tensor, lost: float, slack: float) -> Tensor:
+    """Which rows have a mean loss within some nats of the least one, by index, ascending.
+
+    Args:
+        losses: shape (L, E), not empty.
+        lost: what one of them counts at most, and where it is no number.
+        slack: so many nats.
+    """
+    mean = losses.nan_to_num(nan=lost).clamp(max=lost).mean(dim=1)
+    return (mean <= mean.min() + slack).nonzero()
 
 
 @torch.no_grad()
