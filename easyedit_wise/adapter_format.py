@@ -11,8 +11,8 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 EDITS_FILE = "wise_edits.json"
 CARD_FILE = "README.md"
 OUR_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE, CARD_FILE})
-# 2: tensors are packed, and there are digests. 3: a memory says what its weakest edit scores.
-FORMAT_VERSION = 3
+# 2: tensors are packed, and there are digests. 3: a memory says what its weakest edit scores. 4: and with its target.
+FORMAT_VERSION = 4
 # What Python, torch and the libraries raise on values that nobody wrote on purpose. Nesting that is too deep is a
 # RuntimeError, and so is most of what torch says; a number that is too large is an ArithmeticError.
 UNREADABLE = (

@@ -19,7 +19,7 @@ SPENDING = 0.4
 # Memories of which the first may stay as lax as they are.
 _FEW_MEMORIES = 10
 # In a longer stream the first are as strict as the memory at this share of the further ones.
-_SHARE_OF_FURTHER = 0.25
+_SHARE_OF_FURTHER = 0.4
 
 
 def minimum_threshold(edit_scores: Sequence[float], act_ratio: float = 1.0) -> float:
@@ -69,22 +69,20 @@ def strictness(place: int, n_memories: int) -> int:
     return max(place, int(_SHARE_OF_FURTHER * max(0, n_memories - _FEW_MEMORIES)))
 
 
-def stricter_threshold(
-    epsilon: float, weakest_edit: float, was: int, shall_be: int, spending: float = SPENDING
-) -> float:
+def stricter_threshold(epsilon: float, weakest: float, was: int, shall_be: int, spending: float = SPENDING) -> float:
     """A threshold moved towards its edits' side, from the position at one number of memories to that at another.
 
     Args:
         epsilon: the threshold.
-        weakest_edit: the edits' side of its gap. Where epsilon exceeds it, or it is infinite, nothing is changed.
+        weakest: the edits' side of its gap. Where epsilon exceeds it, or it is infinite, nothing is changed.
         was: the memories before it, as which epsilon was set, see :func:`strictness`.
         shall_be: at least as many.
         spending: see :func:`spent_position`.
     """
-    distance = weakest_edit - epsilon
+    distance = weakest - epsilon
     if was == shall_be or not 0.0 < distance < math.inf:
         return epsilon
-    return weakest_edit - distance * ((1.0 + was) / (1.0 + shall_be)) ** spending
+    return weakest - distance * ((1.0 + was) / (1.0 + shall_be)) ** spending
 
 
 def calibrated_threshold(

@@ -200,6 +200,7 @@ def test_whole_modules_are_left_to_peft(llama: Any, make_model: Callable[..., An
         ("epsilon", torch.tensor(torch.nan)),
         ("epsilon", torch.tensor(3)),
         ("weakest_edit", torch.tensor(torch.nan)),
+        ("weakest_answered", torch.tensor(torch.nan)),
         ("n_edits", torch.tensor(-1)),
         ("n_edits", torch.tensor(1.5)),
     ],

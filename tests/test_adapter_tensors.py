@@ -53,7 +53,7 @@ def sparse_states(rows: int = 32, columns: int = 64, scale: float = 2.0) -> list
     whole = (torch.arange(columns) % 5 == 0).expand(rows, columns)
     merged = merge([shard(mask) for mask in masks[:2]], "ties")
     return [
-        MemoryState("merged", merged, None, 0.6, 7, 0.8),
+        MemoryState("merged", merged, None, 0.6, 7, 0.8, 0.7),
         MemoryState("shard", shard(whole), None, 0.9, 2),
         MemoryState("live", shard(masks[2]), masks[2].clone(), 1.1, 1),
     ]
@@ -162,6 +162,7 @@ def test_every_way_to_save_packs_and_every_way_to_load_unpacks(
         "epsilon",
         "n_edits",
         "weakest_edit",
+        "weakest_answered",
     }
     assert tensors[f"{MEMORIES}.2.delta_weight.masked"].dtype == getattr(torch, save_dtype)
 
@@ -178,7 +179,8 @@ def test_every_way_to_save_packs_and_every_way_to_load_unpacks(
     assert torch.equal(logits(model, INPUTS), edited(other, expected))
 
 
-def test_a_file_of_the_unpacked_format_is_read(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("unsaid", [("weakest_answered",), ("weakest_edit", "weakest_answered")])
+def test_a_file_of_the_unpacked_format_is_read(base: Path, tmp_path: Path, unsaid: tuple[str, ...]) -> None:
     """Until version 0.1.0 each tensor was written as it is in the model."""
     states = sparse_states()
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -189,7 +191,7 @@ def test_a_file_of_the_unpacked_format_is_read(base: Path, tmp_path: Path) -> No
     unpacked_file = {
         f"base_model.model.{WiseModel._remove_adapter_name_from_key(key, 'default')}": value.contiguous()
         for key, value in as_it_is.items()
-        if not key.endswith("weakest_edit")
+        if not key.endswith(unsaid)
     }
     assert f"{MEMORIES}.0.delta_weight" in unpacked_file
     assert unpacked_file[f"{MEMORIES}.2.mask"].dtype == torch.bool
@@ -198,7 +200,7 @@ def test_a_file_of_the_unpacked_format_is_read(base: Path, tmp_path: Path) -> No
     (tmp_path / "adapter" / "wise_edits.json").write_text(json.dumps(record), encoding="utf-8")
     for load in LOADED:
         loaded = load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter", base)
-        known = [state.with_(weakest_edit=math.inf) for state in states]
+        known = [state.with_(**dict.fromkeys(unsaid, math.inf)) for state in states]
         assert same_memories(only_layer(loaded).memories("default"), known), load.__name__
 
 
@@ -291,10 +293,12 @@ def test_a_narrow_dw_is_not_widened() -> None:
 
 def test_thresholds_are_never_rounded(llama: Any) -> None:
     attach(llama, config_for(LLAMA, save_dtype="bfloat16"))
-    only_layer(llama).install("default", [sparse_states()[0].with_(epsilon=11.3, weakest_edit=12.7)])
+    memory = sparse_states()[0].with_(epsilon=11.3, weakest_edit=12.7, weakest_answered=11.9)
+    only_layer(llama).install("default", [memory])
     state = get_peft_model_state_dict(llama)
     assert state[f"{LAYER}.wisemem_memories.0.epsilon"] == torch.tensor(11.3)
     assert state[f"{LAYER}.wisemem_memories.0.weakest_edit"] == torch.tensor(12.7)
+    assert state[f"{LAYER}.wisemem_memories.0.weakest_answered"] == torch.tensor(11.9)
 
 
 # -- what is not ours stays as it is ----------------------------------------------------------------------

@@ -70,8 +70,8 @@ def test_each_further_memory_is_stricter() -> None:
 
 def test_among_many_memories_the_first_are_as_strict_as_a_later_one() -> None:
     assert [strictness(place, 10) for place in range(10)] == list(range(10))
-    assert strictness(0, 13) == 0
-    assert [strictness(place, 22) for place in (0, 2, 3, 4, 21)] == [3, 3, 3, 4, 21]
+    assert strictness(0, 12) == 0
+    assert [strictness(place, 22) for place in (0, 3, 4, 5, 21)] == [4, 4, 4, 5, 21]
     assert strictness(0, 0) == 0
 
 

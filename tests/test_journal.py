@@ -37,14 +37,14 @@ STREAMS = {
 
 def memories(model: Any) -> list[tuple[Any, ...]]:
     return [
-        (one.stage, one.n_edits, one.epsilon, one.weakest_edit, one.delta_weight.clone())
+        (one.stage, one.n_edits, one.epsilon, one.weakest_edit, one.weakest_answered, one.delta_weight.clone())
         for one in only_layer(model).memories("default")
     ]
 
 
 def same(left: list[tuple[Any, ...]], right: list[tuple[Any, ...]]) -> bool:
     return len(left) == len(right) and all(
-        one[:4] == other[:4] and torch.equal(one[4], other[4]) for one, other in zip(left, right, strict=True)
+        one[:-1] == other[:-1] and torch.equal(one[-1], other[-1]) for one, other in zip(left, right, strict=True)
     )
 
 

@@ -134,22 +134,26 @@ def test_flipped_bytes_never_pass_for_other_edits(journal: Path, tok: Any, make_
 
 
 def test_a_newer_journal(journal: Path) -> None:
-    altered(journal, "PRAGMA user_version = 3")
+    altered(journal, "PRAGMA user_version = 4")
     for write in (False, True):
-        with pytest.raises(JournalError, match=r"has version 3, and this easyedit_wise reads up to 2: update it"):
+        with pytest.raises(JournalError, match=r"has version 4, and this easyedit_wise reads up to 3: update it"):
             Database(journal, write)
 
 
-def test_a_journal_of_the_first_version_is_read_and_goes_on_as_one_of_this(journal: Path, llama: Any, tok: Any) -> None:
-    """It does not say what the weakest edit of a memory scores."""
+@pytest.mark.parametrize("earlier", [1, 2])
+def test_a_journal_of_an_earlier_version_is_read_and_goes_on_as_one_of_this(
+    journal: Path, llama: Any, tok: Any, earlier: int
+) -> None:
+    """The first does not say what the weakest edit of a memory scores, the second not what it does with its target."""
+    unsaid = ("weakest_edit", "weakest_answered")[earlier - 1 :]
     with sqlite3.connect(journal / JOURNAL_FILE) as connection:
         for line, seq, body in connection.execute("SELECT line, seq, body FROM snapshots").fetchall():
             values = json.loads(body)
-            assert all(state.pop("weakest_edit") > 0 for state in values["states"])
+            assert all(state.pop(name) > 0 for state in values["states"] for name in unsaid)
             body = json.dumps(values, ensure_ascii=False, separators=(",", ":"))
             changed = (body, digest_of(body), line, seq)
             connection.execute("UPDATE snapshots SET body = ?, digest = ? WHERE line = ? AND seq = ?", changed)
-        connection.execute("PRAGMA user_version = 1")
+        connection.execute(f"PRAGMA user_version = {earlier}")
     connection.close()
 
     def version() -> int:
@@ -162,12 +166,12 @@ def test_a_journal_of_the_first_version_is_read_and_goes_on_as_one_of_this(journ
     with Journal(journal) as read:
         attached(reader, tok, read)
     known = memories(reader)
-    assert [memory[3] for memory in known] == [math.inf] * len(known)
-    assert version() == 1  # nobody has written to it
+    assert all((memory[3] == math.inf) == (earlier == 1) and memory[4] == math.inf for memory in known)
+    assert version() == earlier  # nobody has written to it
     writer = edited(llama, tok, journal, about(5)[4:], **ON)
     closed(writer)
-    assert version() == 2
-    assert memories(writer)[-1][3] < math.inf
+    assert version() == 3
+    assert max(memories(writer)[-1][3:5]) < math.inf
 
 
 def test_another_programs_database(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tuner_helpers import PROMPTS, batch, config_for, generate, logits, memory, 
 
 from easyedit_wise import WiseConfig, WiseLayer, attach, edits_chosen, last_route, use_edits
 from easyedit_wise.tuner.adapter_tensors import tensor_name
-from easyedit_wise.tuner.memory import SideMemory
+from easyedit_wise.tuner.memory import SCORES, SideMemory
 from easyedit_wise.tuner.model import find_wise_layers
 
 pytestmark = [
@@ -181,7 +181,7 @@ def test_an_adapters_state_dict_goes_round_under_another_name(case: Case) -> Non
     one, other = case.wrapped("a", init_weights=False), case.wrapped("b")
     state = get_peft_model_state_dict(one, adapter_name="a")
     names = {tensor_name(key).rpartition(".")[2] for key in state}  # of dW and of the mask there are parts
-    assert names == {"delta_weight", "mask", "epsilon", "n_edits", "weakest_edit"}
+    assert names == {"delta_weight", "mask", "n_edits", *SCORES}
     assert not set_peft_model_state_dict(other, state, adapter_name="b").unexpected_keys
     assert torch.equal(case.ask(one), case.ask(other))
 
@@ -246,7 +246,7 @@ def test_of_a_deleted_adapter_no_tensor_stays(case: Case, which: str) -> None:
         case.ask(model)
     layer = only_layer(model)
     references = tensors_of(layer, "second")
-    assert alive(references) == len(references) == 5 * 4 + 1
+    assert alive(references) == len(references) == 5 * (2 + len(SCORES)) + 1
     if which == "active":
         with pytest.warns(UserWarning, match="second was active which is now deleted"):
             model.delete_adapter("second")
@@ -437,7 +437,7 @@ def test_transformers_functions_with_several_adapters(llama: Any) -> None:
     assert last_route(llama).memories == ("one/0", "two/0")
     assert set(map(tensor_name, llama.get_adapter_state_dict("two"))) == {
         f"model.layers.1.mlp.down_proj.wisemem_memories.0.{part}"
-        for part in ("delta_weight", "mask", "epsilon", "n_edits", "weakest_edit")
+        for part in ("delta_weight", "mask", "n_edits", *SCORES)
     }
     with edits_chosen(llama, ["one", "__base__", "two", "two"]):
         mixed = logits(llama, batch(PROMPTS))

@@ -146,7 +146,7 @@ def test_files_are_safetensors_and_json_only(folder: Path) -> None:
     assert sorted(files(folder)) == WRITTEN
     tensors = load_file(folder / WEIGHTS_FILE)
     memories = f"base_model.model.{module_name_of(LLAMA)}.wisemem_memories"
-    scalars = ("epsilon", "n_edits", "weakest_edit")
+    scalars = ("epsilon", "n_edits", "weakest_edit", "weakest_answered")
     names = ("delta_weight.values", *scalars)
     expected = {f"{memories}.{index}.{name}" for index in range(2) for name in names}
     live = {f"{memories}.2.{name}" for name in ("delta_weight.values", "delta_weight.bits", "mask.bits")}
@@ -157,7 +157,7 @@ def test_files_are_safetensors_and_json_only(folder: Path) -> None:
     assert config["memories"] == ["merged", "shard", "live"]
     assert config["target_modules"] == [module_name_of(LLAMA)]
     record = json.loads((folder / EDITS_FILE).read_text(encoding="utf-8"))
-    assert record["format_version"] == 3
+    assert record["format_version"] == 4
     assert record["layer"] == module_name_of(LLAMA)
     assert [one["stage"] for one in record["memories"]] == ["merged", "shard", "live"]
     # Nothing temporary is left beside the folder, and others may read what is in it.
@@ -425,7 +425,7 @@ def damage(folder: Path, how: str) -> str:
         rewrite(path, target_modules=["down_proj"])
         return "3 match"
     elif what == "a newer format":
-        rewrite(path, format_version=4)
+        rewrite(path, format_version=5)
     elif what == "settings of a later version":
         rewrite(path, settings={"inner_params": [LLAMA], "telepathy": True})
     elif what == "an edit without a prompt":

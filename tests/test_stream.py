@@ -289,6 +289,7 @@ def test_epsilon_calibrated(make_model: Any, tok: Any, position: float, retrieve
             expected = calibrated_threshold(asked, others, spent_position(position, index if retrieve else 0))
             assert state.epsilon == pytest.approx(expected, rel=1e-3), (count, index)
             assert state.weakest_edit == pytest.approx(min(asked[: len(mine)]), rel=1e-4), (count, index)
+            assert state.weakest_answered == pytest.approx(min(asked[len(mine) :]), rel=1e-4), (count, index)
 
 
 def test_an_edit_is_answered_by_its_memory_and_other_prompts_are_not(make_model: Any, tok: Any) -> None:

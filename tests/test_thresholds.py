@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,31 +56,44 @@ def test_memories_that_are_quiet_on_unfinished_names_are_laxer(n_earlier: int, o
 def test_the_first_memories_grow_stricter() -> None:
     states = [of(1.0, 3.0) for _ in range(14)]
     calibrated = settings(retrieve=True)
-    assert stricter(states[:13], 12, calibrated) == states[:13]
-    grown = stricter(states, 13, calibrated)  # a quarter of the four beyond ten: as the second
+    assert stricter(states[:12], 11, calibrated) == states[:12]
+    grown = stricter(states[:13], 12, calibrated)  # two fifths of the three beyond ten: as the second
     assert grown[0].epsilon == pytest.approx(3.0 - 2.0 * 2**-0.4)
-    assert grown[1:] == states[1:]
-    assert stricter(states, 14, calibrated) == states  # they are already
+    assert grown[1:] == states[1:13]
+    assert stricter(states, 13, calibrated) == states  # they are already
     # An open shard is none of them yet, and what EasyEdit's and the paper's rule gave stays.
-    assert stricter([*states[:13], of(1.0, 3.0, LIVE)], 12, calibrated)[:13] == states[:13]
-    assert stricter(states, 13, settings(act_ratio=0.88, retrieve=True)) == states
-    assert stricter(states, 13, settings(retrieve=False)) == states
+    assert stricter([*states[:12], of(1.0, 3.0, LIVE)], 11, calibrated)[:12] == states[:12]
+    assert stricter(states, 12, settings(act_ratio=0.88, retrieve=True)) == states
+    assert stricter(states, 12, settings(retrieve=False)) == states
+
+
+@pytest.mark.parametrize(("answered", "side"), [(1.5, 1.5), (3.5, 3.0), (math.inf, 3.0)])
+def test_no_memory_grows_stricter_than_its_edits_bear(answered: float, side: float) -> None:
+    """With a long target behind it, a prompt that scored by its loudest token scores by its two loudest."""
+    first = replace(of(1.0, 3.0), weakest_answered=answered)
+    for n_memories in (13, 200):
+        grown = stricter([first] * n_memories, 1, settings(retrieve=True))[0]
+        was_of = {13: 2, 200: 77}[n_memories]
+        assert grown.epsilon == pytest.approx(side - (side - 1.0) * was_of**-0.4)
+        assert 1.0 < grown.epsilon < min(3.0, answered)
+    lost = replace(of(1.0, 3.0), weakest_answered=0.8)  # already: it overlaps with unrelated prompts
+    assert stricter([lost] * 20, 1, settings(retrieve=True))[0] == lost
 
 
 def test_in_a_stream(llama: Any, tok: Any) -> None:
     stream = stream_of(llama, tok, settings(**EACH_ALONE))
-    requests = [EditRequest.from_easyedit(one) for one in asked(14)]
-    stream.apply(requests[:13])
+    requests = [EditRequest.from_easyedit(one) for one in asked(13)]
+    stream.apply(requests[:12])
     layer = only_layer(llama)
     before = layer.memories("default")
-    stream.apply(requests[13:])
+    stream.apply(requests[12:])
     after = layer.memories("default")
     assert before[0].epsilon < before[0].weakest_edit
     assert after[0].epsilon == pytest.approx(
         before[0].weakest_edit - (before[0].weakest_edit - before[0].epsilon) * 2**-0.4
     )
     assert after[0].epsilon > before[0].epsilon
-    assert [one.epsilon for one in after[1:13]] == [one.epsilon for one in before[1:]]
+    assert [one.epsilon for one in after[1:12]] == [one.epsilon for one in before[1:]]
 
 
 def test_a_memory_that_is_made_again_is_as_strict_as_it_was(

@@ -367,9 +367,10 @@ def test_casting_the_model_does_not_round_thresholds(llama: Any, cast: str) -> N
     layer = with_memories(llama, LLAMA, epsilon)
     getattr(llama, cast)()
     assert layer.memories("default")[0].epsilon == float(torch.tensor(epsilon, dtype=torch.float32))
-    layer.install("default", [layer.memories("default")[0].with_(weakest_edit=epsilon)])
+    layer.install("default", [layer.memories("default")[0].with_(weakest_edit=epsilon, weakest_answered=epsilon)])
     getattr(llama, cast)()
-    assert layer.memories("default")[0].weakest_edit == layer.memories("default")[0].epsilon
+    (memory,) = layer.memories("default")
+    assert memory.weakest_edit == memory.weakest_answered == memory.epsilon
     assert layer.wisemem_memories["default"][0].epsilon.dtype == torch.float32
     logits(llama, batch(PROMPTS))
 

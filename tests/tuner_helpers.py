@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from easyedit_wise import WiseConfig, WiseLayer, attach
 from easyedit_wise.routing import choose_memory, routing_activation
 from easyedit_wise.tuner.attach import module_name_of
-from easyedit_wise.tuner.memory import MERGED, MemoryState
+from easyedit_wise.tuner.memory import MERGED, SCORES, MemoryState
 from easyedit_wise.tuner.model import find_wise_layers
 
 ALWAYS, NEVER = -1.0, float("inf")
@@ -82,8 +82,7 @@ def same_memories(one: Sequence[MemoryState], other: Sequence[MemoryState]) -> b
         and torch.equal(a.delta_weight, b.delta_weight)
         and (a.mask is None) == (b.mask is None)
         and (a.mask is None or torch.equal(a.mask, b.mask))
-        and torch.equal(torch.tensor(a.epsilon), torch.tensor(b.epsilon))
-        and torch.equal(torch.tensor(a.weakest_edit), torch.tensor(b.weakest_edit))
+        and all(torch.equal(torch.tensor(getattr(a, name)), torch.tensor(getattr(b, name))) for name in SCORES)
         for a, b in zip(one, other, strict=True)
     )
 

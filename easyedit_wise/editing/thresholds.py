@@ -89,7 +89,11 @@ def with_thresholds(
     neutral, texts = recorder.unseen()
     known = names_known(recorder.tok, [request.subject for request in requests])
     epsilon = threshold(scores, neutral, state.delta_weight, recorder.hparams, n_earlier, texts, known)
-    return state.with_(epsilon=epsilon, weakest_edit=min(one.prompt for one in scores))
+    return state.with_(
+        epsilon=epsilon,
+        weakest_edit=min(one.prompt for one in scores),
+        weakest_answered=min(one.answered for one in scores),
+    )
 
 
 def calibrated(
@@ -116,5 +120,6 @@ def stricter(states: Sequence[MemoryState], n_closed: int, hparams: WISEHyperPar
     grown: list[MemoryState] = []
     for place, state in enumerate(states):
         was, shall_be = strictness(place, n_closed), strictness(place, n_now)
-        grown.append(state.with_(epsilon=stricter_threshold(state.epsilon, state.weakest_edit, was, shall_be)))
+        weakest = min(state.weakest_edit, state.weakest_answered)
+        grown.append(state.with_(epsilon=stricter_threshold(state.epsilon, weakest, was, shall_be)))
     return grown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
@@ -114,6 +115,7 @@ class StateEntry:
         delta_weight: the blob of dW.
         mask: the blob of a live shard's mask.
         weakest_edit: what its weakest edit's prompt scores; None where that is not known.
+        weakest_answered: the same with the target behind it.
     """
 
     stage: str
@@ -122,6 +124,13 @@ class StateEntry:
     delta_weight: str
     mask: str | None = None
     weakest_edit: float | None = None
+    weakest_answered: float | None = None
+
+    @property
+    def weakest(self) -> tuple[float, float]:
+        """(``weakest_edit``, ``weakest_answered``), infinite where not known, as a side memory has them."""
+        edit, answered = self.weakest_edit, self.weakest_answered
+        return math.inf if edit is None else edit, math.inf if answered is None else answered
 
 
 @dataclass(frozen=True)

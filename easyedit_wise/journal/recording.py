@@ -180,8 +180,8 @@ def state_entry(state: MemoryState, blobs: dict[str, bytes]) -> StateEntry:
     if state.stage == LIVE and state.mask is not None:
         mask = _put(mask_bytes(state.mask), blobs)
     delta_weight = _put(memory_bytes(state.delta_weight, state.mask), blobs)
-    weakest = state.weakest_edit if math.isfinite(state.weakest_edit) else None
-    return StateEntry(state.stage, state.n_edits, state.epsilon, delta_weight, mask, weakest)
+    weakest = (one if math.isfinite(one) else None for one in (state.weakest_edit, state.weakest_answered))
+    return StateEntry(state.stage, state.n_edits, state.epsilon, delta_weight, mask, *weakest)
 
 
 def _edit_entries(

@@ -6,7 +6,6 @@ its place. But no memory holds it, and it takes one shard's time.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from ..calibration import stricter_threshold, strictness
@@ -130,8 +129,8 @@ def _without(
 def _grown(state: StateEntry, place: int, snapshot: SnapshotEntry) -> StateEntry:
     """A memory that was just closed, with the threshold that it has after the memories behind it."""
     n_closed = sum(one.stage == MERGED for one in snapshot.memories)
-    weakest = math.inf if state.weakest_edit is None else state.weakest_edit
-    return replace(state, epsilon=stricter_threshold(state.epsilon, weakest, place, strictness(place, n_closed)))
+    shall_be = strictness(place, n_closed)
+    return replace(state, epsilon=stricter_threshold(state.epsilon, min(state.weakest), place, shall_be))
 
 
 def _settings_of(journal: Journal, edit: EditEntry) -> dict[str, object]:

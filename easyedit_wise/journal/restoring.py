@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import logging
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import groupby
@@ -146,7 +145,7 @@ def put_into(stream: EditStream, journal: Journal, snapshot: SnapshotEntry, edit
                     None if mask is None else mask.to(device),
                     one.epsilon,
                     one.n_edits,
-                    math.inf if one.weakest_edit is None else one.weakest_edit,
+                    *one.weakest,
                 )
             )
         if not len(held) == len(snapshot.held) == snapshot.n_edits or not all(

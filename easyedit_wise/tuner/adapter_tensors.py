@@ -2,7 +2,7 @@
 
 PEFT and transformers know an adapter's tensors by name only. ``....wisemem_memories.0.delta_weight`` is one of them in
 a model, and in a file there are its parts, such as ``....wisemem_memories.0.delta_weight.values``; a file with the
-tensor itself, as earlier versions wrote it, is read as well. It does not say what a weakest edit scores.
+tensor itself, as earlier versions wrote it, is read as well. It does not say what weakest edits score.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from .packing import PARTS, PackingError, pack, unpack
 
 CONTAINER = "wisemem_memories"
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
-_DELTA_WEIGHT, _MASK, _WEAKEST_EDIT = "delta_weight", "mask", "weakest_edit"
+_DELTA_WEIGHT, _MASK = "delta_weight", "mask"
+# What files of earlier versions do not say.
+_WEAKEST = ("weakest_edit", "weakest_answered")
 _PACKED = (_DELTA_WEIGHT, _MASK)
 _PEFT_PREFIX = "base_model.model."
 _KEY = re.compile(
@@ -107,7 +109,8 @@ def unpacked(state: Mapping[str, Tensor], shape_of: Callable[[str], tuple[int, i
                 "Take the file from a backup, or load it onto the model that it was made for."
             ) from error
     for memory in memory_names(state):
-        result.setdefault(f"{memory}.{_WEAKEST_EDIT}", torch.tensor(math.inf))
+        for name in _WEAKEST:
+            result.setdefault(f"{memory}.{name}", torch.tensor(math.inf))
     return result
 
 

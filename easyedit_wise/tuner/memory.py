@@ -12,8 +12,8 @@ from torch import Tensor, nn
 LIVE = "live"
 SHARD = "shard"
 MERGED = "merged"
-# A memory's buffers that its scores are compared with.
-SCORES = ("epsilon", "weakest_edit")
+# A memory's buffers in the unit of its scores.
+SCORES = ("epsilon", "weakest_edit", "weakest_answered")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class MemoryState:
         epsilon: the threshold of Eq. 6.
         n_edits: how many edits it holds.
         weakest_edit: what the prompt that activates it least of its edits' scores; infinite where that is not known.
+        weakest_answered: the same of their prompts with their targets behind them. A long one may score less than its
+            prompt alone (see :func:`~easyedit_wise.routing.pool`), and it shall fire, too.
     """
 
     stage: str
@@ -35,6 +37,7 @@ class MemoryState:
     epsilon: float
     n_edits: int
     weakest_edit: float = math.inf
+    weakest_answered: float = math.inf
 
     def with_(self, **changes: Any) -> MemoryState:
         """A copy with some attributes changed; tensors that are not named are shared."""
@@ -52,6 +55,7 @@ class SideMemory(nn.Module):
     epsilon: Tensor
     n_edits: Tensor
     weakest_edit: Tensor
+    weakest_answered: Tensor
 
     def __init__(self, state: MemoryState) -> None:
         super().__init__()
@@ -89,6 +93,7 @@ class SideMemory(nn.Module):
             epsilon=float(self.epsilon),
             n_edits=int(self.n_edits),
             weakest_edit=float(self.weakest_edit),
+            weakest_answered=float(self.weakest_answered),
         )
 
     def extra_repr(self) -> str:
