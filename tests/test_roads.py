@@ -21,6 +21,7 @@ from transformers import (
     Mamba2Config,
     Mamba2ForCausalLM,
     StaticCache,
+    pipeline,
 )
 from tuner_helpers import ALWAYS, PROMPTS, batch, config_for, generate, logits, memory, only_layer, set_thresholds
 
@@ -239,6 +240,20 @@ def test_a_static_cache_filled_by_hand_keeps_its_route(llama_edited: Edited, hai
             tokens = [int(output.logits[0, -1].argmax())]
             said += tokens
         assert said == llama_edited.greedy(prompt, hair < 0) == decode(model, prompt)
+
+
+def test_a_pipeline_answers_each_prompt_as_alone(llama: Any, tok: Any) -> None:
+    texts = ["The capital of France is", "Water is made of hydrogen and", "Once upon a time there was a small town by"]
+    prompts = [tok(text)["input_ids"] for text in texts]
+    edited = Edited(llama, LLAMA)
+    scores = [float(edited.token_scores(prompt).mean()) for prompt in prompts]
+    set_thresholds(edited.layer, sorted(scores)[1] * 0.999)
+    routed = [score >= sorted(scores)[1] for score in scores]
+    asked = pipeline("text-generation", model=edited.model, tokenizer=tok, batch_size=3)
+    options = {"max_new_tokens": N, "min_new_tokens": N, "do_sample": False, "return_tensors": True}
+    for row, (said,) in enumerate(asked(texts, **options)):
+        assert said["generated_token_ids"][-N:] == edited.greedy(prompts[row], routed[row])
+    assert sorted(routed) == [False, True, True]
 
 
 @pytest.mark.parametrize("pooling", ["loudest", "mean", "last"])
