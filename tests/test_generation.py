@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from conftest import LAYERS
+from edited_model import Edited, N, decode, decoding
 from torch import Tensor
 from transformers import DynamicCache, StoppingCriteriaList
 from tuner_helpers import (
@@ -17,61 +18,20 @@ from tuner_helpers import (
     NEVER,
     PROMPTS,
     batch,
-    between,
     generate,
-    inputs_of,
     logits,
     logits_with,
     memory,
     score_alone,
     set_thresholds,
     share_out,
-    with_memories,
 )
 
 from easyedit_wise import last_route
-from easyedit_wise.routing import routing_activation
+from easyedit_wise.tuner.call import cache_length
 from easyedit_wise.tuner.route import Route
-from easyedit_wise.tuner.scope import cache_length
 
 LLAMA = LAYERS["llama"]
-N = 6  # tokens to generate
-
-
-class Edited:
-    """A model with one side memory, and the same model without WISE to compare with."""
-
-    def __init__(self, model: Any, parameter: str) -> None:
-        self.base = copy.deepcopy(model)
-        self.model = model
-        self.parameter = parameter
-        self.layer = with_memories(model, parameter, ALWAYS)
-        self.delta_weight = self.layer.memories("default")[0].delta_weight
-        self.scores = [score_alone(self.base, parameter, prompt, self.delta_weight) for prompt in PROMPTS]
-
-    def split(self, n_routed: int = 2) -> list[bool]:
-        """Set epsilon so that this many of the prompts are routed; tells which."""
-        ranked = sorted(self.scores)
-        epsilon = between(*ranked[-n_routed - 1 : len(ranked) - n_routed + 1])
-        set_thresholds(self.layer, epsilon)
-        return [score > epsilon for score in self.scores]
-
-    def greedy(self, prompt: Sequence[int], routed: bool, n: int = N) -> list[int]:
-        """What follows if the whole sequence is routed or not, by full forwards without WISE and without a cache."""
-        tokens = list(prompt)
-        for _ in range(n):
-            inputs = batch([tokens])
-            if routed:
-                scores = logits_with(self.base, self.parameter, self.delta_weight, inputs)[0, -1]
-            else:
-                scores = logits(self.base, inputs)[0, -1]
-            scores[0] = -torch.inf  # eos, as generate does below its least number of tokens
-            tokens.append(int(scores.argmax()))
-        return tokens[len(prompt) :]
-
-    def token_scores(self, tokens: Sequence[int]) -> Tensor:
-        activations = inputs_of(self.base, self.parameter, batch([tokens]))[0]
-        return routing_activation(activations, self.delta_weight)
 
 
 @pytest.fixture
@@ -82,37 +42,6 @@ def edited(any_model: tuple[Any, str]) -> Edited:
 @pytest.fixture
 def llama_edited(llama: Any) -> Edited:
     return Edited(llama, LLAMA)
-
-
-def decode(model: Any, prompt: Sequence[int], n: int = N, **options: Any) -> list[int]:
-    """A decoding loop as users write it: one forward for the prompt, then one for each token."""
-    return list(decoding(model, [prompt], n, **options))[-1][0]
-
-
-@torch.no_grad()
-def decoding(
-    model: Any, prompts: Sequence[Sequence[int]], n: int = N, return_dict: bool = True
-) -> Iterator[list[list[int]]]:
-    """The same step by step: yields what each row has said so far."""
-    given = batch(prompts)
-    ids, mask = given["input_ids"], given["attention_mask"]
-    cache, said = None, torch.zeros(len(prompts), 0, dtype=torch.long)
-    for _ in range(n):
-        positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        output = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            return_dict=return_dict,
-        )
-        scores, cache = (output.logits, output.past_key_values) if return_dict else output[:2]
-        scores[:, -1, 0] = -torch.inf
-        ids = scores[:, -1].argmax(dim=-1, keepdim=True)
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=-1)
-        said = torch.cat([said, ids], dim=-1)
-        yield said.tolist()
 
 
 # -- the prompt decides, once -------------------------------------------------------------------------
@@ -215,39 +144,23 @@ def test_a_loop_that_asks_for_tuples_keeps_its_route(llama_edited: Edited) -> No
         assert decode(llama_edited.model, prompt, return_dict=False) == llama_edited.greedy(prompt, True)
 
 
-def test_a_prompt_in_chunks_is_routed_by_its_first_chunk_with_a_token(llama_edited: Edited) -> None:
-    """A row whose first chunks are padding is decided when its own tokens come, and then kept."""
-    chunk, length = 4, max(map(len, PROMPTS))
-    first = []  # the tokens of each prompt that its deciding chunk holds
-    for prompt in PROMPTS:
-        start = length - len(prompt)
-        first.append(prompt[: (start // chunk + 1) * chunk - start])
-    tokens = [llama_edited.token_scores(prompt) for prompt in PROMPTS]
-    deciding = [float(one[: len(part)].mean()) for one, part in zip(tokens, first, strict=True)]
-    outcomes, would_flip = set(), False
-    for epsilon in [*(score * 0.999 for score in deciding), *(score * 1.001 for score in deciding)]:
-        set_thresholds(llama_edited.layer, epsilon)
-        routed = [score > epsilon for score in deciding]
-        expected = [llama_edited.greedy(prompt, one, 3) for prompt, one in zip(PROMPTS, routed, strict=True)]
-        assert generate(llama_edited.model, batch(PROMPTS), 3, prefill_chunk_size=chunk) == expected
-        outcomes.add(tuple(routed))
-        later = [one[len(part) :] for one, part in zip(tokens, first, strict=True)]
-        would_flip |= any(len(x) and bool((x.mean() > epsilon) != r) for x, r in zip(later, routed, strict=True))
-    assert len(outcomes) > 2
-    assert would_flip
+@pytest.mark.parametrize("chunk", [9, 100])
+def test_one_chunk_is_the_whole_prompt(llama_edited: Edited, chunk: int) -> None:
+    routed = llama_edited.split()
+    expected = [llama_edited.greedy(prompt, one, 3) for prompt, one in zip(PROMPTS, routed, strict=True)]
+    assert generate(llama_edited.model, batch(PROMPTS), 3, prefill_chunk_size=chunk) == expected
 
 
 @torch.no_grad()
-def test_what_one_chunk_decided_a_later_one_leaves(llama_edited: Edited) -> None:
-    """Rows that begin in the first, second and third chunk; the first one ends before the second chunk."""
+def test_what_one_call_decided_a_later_one_leaves(llama_edited: Edited) -> None:
+    """Read token by token: rows that begin in the first, second and third call; each ends before the next begins."""
     model, layer = llama_edited.model, llama_edited.layer
     cache = DynamicCache(config=model.config)
-    ids = torch.tensor([[5, 6, 1, 1, 1, 1], [1, 1, 9, 10, 1, 1], [1, 1, 1, 1, 40, 300]])
+    ids = torch.tensor([[5, 1, 1], [1, 9, 1], [1, 1, 40]])
     mask = (ids != 1).long()
     scores = []
-    for start in (0, 2, 4):
-        chunk = slice(start, start + 2)
-        model(input_ids=ids[:, chunk], attention_mask=mask[:, : start + 2], past_key_values=cache)
+    for start in range(3):
+        model(input_ids=ids[:, start, None], attention_mask=mask[:, : start + 1], past_key_values=cache)
         scores.append(layer.last_route.scores[:, 0].tolist())
     first, second, third = scores
     assert first[0] > 0
@@ -266,17 +179,35 @@ def test_a_second_generation_decides_anew(edited: Edited) -> None:
         assert generate(edited.model, batch([PROMPTS[row]]), N) == [edited.greedy(PROMPTS[row], routed[row])]
 
 
-def test_guided_and_assisted_decoding_run(llama_edited: Edited) -> None:
-    routed = llama_edited.split()
-    for row, prompt in enumerate(PROMPTS):
-        # Looking up candidates in the prompt changes the calls, not the result.
-        said = generate(llama_edited.model, batch([prompt]), N, prompt_lookup_num_tokens=2)
-        assert said == [llama_edited.greedy(prompt, routed[row])]
-    # Guidance asks the model for the last token alone beside the prompt: it belongs to the same generation.
-    row = routed.index(True)
+def test_guided_decoding_runs(llama_edited: Edited) -> None:
+    """Guidance asks the model for the last token alone beside the prompt: it belongs to the same generation."""
+    row = llama_edited.split().index(True)
     guided = generate(llama_edited.model, batch([PROMPTS[row]]), N, guidance_scale=1.5)
     assert guided == generate(llama_edited.model, batch([PROMPTS[row]]), N, guidance_scale=1.5, use_cache=False)
     assert torch.allclose(last_route(llama_edited.model).scores, torch.tensor([[llama_edited.scores[row]]]))
+
+
+# In assisted generation the first call holds the prompt and a draft, the next ones several tokens each.
+DRAFTS: dict[str, Callable[[Edited], dict[str, Any]]] = {
+    "another model": lambda edited: {"assistant_model": edited.base},
+    "an edited model": lambda edited: {"assistant_model": copy.deepcopy(edited.model)},
+    "its own first layers": lambda edited: {"assistant_early_exit": 1},
+    "the prompt": lambda edited: {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("drafter", DRAFTS)
+@pytest.mark.parametrize("hair", [-1e-3, 1e-3])
+def test_a_draft_is_not_the_prompt(llama_edited: Edited, drafter: str, hair: float) -> None:
+    """The prompts begin to repeat themselves, so that there is something to look up."""
+    prompts = [[*prompt, *prompt[:2]] for prompt in PROMPTS]
+    for prompt in prompts:
+        score = score_alone(llama_edited.base, LLAMA, prompt, llama_edited.delta_weight)
+        set_thresholds(llama_edited.layer, score * (1 + hair))
+        expected = llama_edited.greedy(prompt, hair < 0)
+        options = DRAFTS[drafter](llama_edited)
+        assert generate(llama_edited.model, batch([prompt]), N, **options) == [expected]
+        assert last_route(llama_edited.model).choice.tolist() == [0 if hair < 0 else -1]
 
 
 def test_an_exception_ends_the_generation(llama_edited: Edited) -> None:
@@ -378,7 +309,7 @@ def test_interleaved_caches_keep_their_own_routes(edited: Edited) -> None:
 
 
 @torch.no_grad()
-def test_a_cache_with_other_rows_decides_anew(llama_edited: Edited) -> None:
+def test_a_cache_with_other_rows_is_refused(llama_edited: Edited) -> None:
     model, layer = llama_edited.model, llama_edited.layer
     set_thresholds(layer, ALWAYS)
     inputs = batch([prompt[:3] for prompt in PROMPTS])
@@ -388,9 +319,8 @@ def test_a_cache_with_other_rows_decides_anew(llama_edited: Edited) -> None:
     model(input_ids=step, past_key_values=cache)
     assert layer.last_route is decided  # followed
     cache.batch_select_indices(torch.tensor([0, 2, 3]))
-    model(input_ids=step[:3], past_key_values=cache)
-    assert layer.last_route is not decided
-    assert layer.last_route.choice.shape == (3,)
+    with pytest.raises(ValueError, match=r"for other rows.*without a cache"):
+        model(input_ids=step[:3], past_key_values=cache)
 
 
 @torch.no_grad()
@@ -430,29 +360,19 @@ def test_an_emptied_cache_decides_anew(llama_edited: Edited) -> None:
 
 
 @torch.no_grad()
-def test_a_copied_cache_is_a_new_question(llama_edited: Edited) -> None:
-    """A shared beginning, prefilled once and copied for each question: the questions decide."""
-    model, layer = llama_edited.model, llama_edited.layer
-    set_thresholds(layer, NEVER)
-    prefix = model(input_ids=torch.tensor([[60, 61, 62]]), use_cache=True).past_key_values
-    llama_edited.split()
-    for prompt in PROMPTS:
-        model(input_ids=torch.tensor([prompt]), past_key_values=copy.deepcopy(prefix))
-        tokens = llama_edited.token_scores([60, 61, 62, *prompt])[3:]
-        assert float(layer.last_route.scores) == pytest.approx(float(tokens.mean()), rel=1e-4)
-
-
-@torch.no_grad()
-def test_a_conversation_on_one_cache_keeps_its_route(llama_edited: Edited) -> None:
-    model, routed = llama_edited.model, llama_edited.split()
-    for row, prompt in enumerate(PROMPTS):
-        cache = DynamicCache(config=model.config)
-        options = {"past_key_values": cache, "max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
-        tokens = model.generate(torch.tensor([prompt]), **options)
-        tokens = torch.cat([tokens, torch.tensor([[33, 44]])], dim=-1)
-        said = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)[0].tolist()
-        expected = llama_edited.greedy(said[: tokens.shape[1]], routed[row], 3)
-        assert said[tokens.shape[1] :] == expected
+@pytest.mark.parametrize("hair", [-1e-3, 1e-3])
+def test_a_generation_goes_on_with_its_cache(llama_edited: Edited, hair: float) -> None:
+    """What was said last is the one token that the cache lacks."""
+    model, n_flips = llama_edited.model, 0
+    for prompt, score in zip(PROMPTS, llama_edited.scores, strict=True):
+        set_thresholds(llama_edited.layer, score * (1 + hair))
+        expected = llama_edited.greedy(prompt, hair < 0)
+        options = {"past_key_values": DynamicCache(config=model.config), "max_new_tokens": 3, "min_new_tokens": 3}
+        first = model.generate(torch.tensor([prompt]), do_sample=False, **options)
+        second = model.generate(first, do_sample=False, **options)
+        assert second[0, len(prompt) :].tolist() == expected
+        n_flips += (float(llama_edited.token_scores([*prompt, *expected])[len(prompt) + 2]) > score) != (hair < 0)
+    assert n_flips
 
 
 @torch.no_grad()
@@ -469,12 +389,12 @@ def test_a_cache_under_the_name_of_transformers_5_24_keeps_its_route(llama_edite
 
 
 @torch.no_grad()
-def test_memories_that_changed_since_decide_anew(llama_edited: Edited) -> None:
+def test_memories_that_changed_since_are_refused(llama_edited: Edited) -> None:
     model, layer = llama_edited.model, llama_edited.layer
     output = model(input_ids=torch.tensor([PROMPTS[0]]), use_cache=True)
     layer.install("default", [memory(layer, 0, NEVER), memory(layer, 1, ALWAYS)])
-    model(input_ids=torch.tensor([[21]]), past_key_values=output.past_key_values)
-    assert layer.last_route.choice.tolist() == [1]
+    with pytest.raises(ValueError, match=r"among other edits.*without a cache.*edits_disabled\(model\)"):
+        model(input_ids=torch.tensor([[21]]), past_key_values=output.past_key_values)
 
 
 def test_routes_die_with_their_cache(llama_edited: Edited) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -206,7 +206,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "beams uncached": {"num_beams": 2, "use_cache": False},
     "samples": {"do_sample": True, "num_return_sequences": 3, "top_k": 20, "temperature": 2.0},
     "beam samples": {"do_sample": True, "num_beams": 2, "num_return_sequences": 2, "temperature": 2.0},
-    "chunks": {"prefill_chunk_size": 4},
     "static": {"cache_implementation": "static", "disable_compile": True},
 }
 
@@ -276,12 +275,10 @@ def test_a_loop_of_ones_own_names_the_sets_in_every_call(llama_served: Mixed) ->
         said = torch.cat([said, ids], dim=-1)
     assert said.tolist() == expected
     # The same memories, asked for by other rows: a route of other names is not followed.
-    swapped = [names[i] for i in (1, 0, 2, 3)]
     inputs = {"input_ids": ids, "attention_mask": mask}
-    llama_served.output(inputs, swapped, past_key_values=cache)
-    assert last_route(llama_served.model).asked == tuple(swapped)
-    llama_served.output(inputs, None, past_key_values=cache)
-    assert last_route(llama_served.model).asked is None
+    for others in ([names[i] for i in (1, 0, 2, 3)], None):
+        with pytest.raises(ValueError, match=r"among other edits.*without a cache"):
+            llama_served.output(inputs, others, past_key_values=cache)
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "opt", "gpt_neox"])
@@ -539,9 +536,12 @@ def test_threads_ask_one_model_for_different_sets(llama_served: Mixed) -> None:
 
     def serve(worker: int) -> None:
         prompts, names = work[worker]
+        # Beside others that choose, one that means the active set says so.
+        meant = edits_chosen(llama_served.model, None) if names is None else nullcontext()
         try:
             criteria = StoppingCriteriaList([wait])
-            said[worker] = llama_served.generate(batch(prompts), names, stopping_criteria=criteria)
+            with meant:
+                said[worker] = llama_served.generate(batch(prompts), names, stopping_criteria=criteria)
         except BaseException as error:
             barrier.abort()
             errors.append(error)

@@ -273,7 +273,7 @@ def near_thresholds(model: Any, n_memories: int) -> WiseLayer:
     return layer
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}, {"prefill_chunk_size": 4}])
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
 def test_a_generation_is_the_one_without_screening(
     wide: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,14 +289,14 @@ def test_a_generation_is_the_one_without_screening(
 
 
 @torch.no_grad()
-def test_rows_that_a_chunk_decided_keep_what_is_known_of_their_scores(wide: Any) -> None:
+def test_rows_that_were_decided_before_keep_what_is_known_of_their_scores(wide: Any) -> None:
     layer = near_thresholds(wide, 12)
-    states = layer.memories("default")  # half of them are farther away, where the second chunk may or may not need them
+    states = layer.memories("default")  # half of them are farther away, where a later token may or may not need them
     layer.install("default", [s.with_(epsilon=s.epsilon * (1 + i % 2)) for i, s in enumerate(states)])
     would_flip = estimated = 0
-    for step in range(8):
-        later = [20 + 7 * step, 300 - 11 * step]  # more tokens of row 0, which was decided before
-        ids = torch.tensor([[5, 6, *later], [1, 1, 9, 10]])
+    for step in range(16):
+        later = 20 + 17 * step  # one more token of row 0, which was decided before; the first one of row 1
+        ids = torch.tensor([[5, 6, later], [1, 1, 9]])
         mask = (ids != 1).long()
         cache = wide(input_ids=ids[:, :2], attention_mask=mask[:, :2], use_cache=True).past_key_values
         first = layer.last_route
@@ -309,7 +309,7 @@ def test_rows_that_a_chunk_decided_keep_what_is_known_of_their_scores(wide: Any)
         exact = [torch.ones_like(r.scores).bool() if r.exact is None else r.exact for r in (first, second)]
         assert torch.equal(exact[0][0], exact[1][0])
         estimated += int((~exact[0][0]).sum())
-        logits(wide, batch([later]))
+        logits(wide, batch([[later]]))
         would_flip += bool(layer.last_route.choice[0] != first.choice[0])
     assert would_flip >= 2
     assert estimated >= 8

@@ -41,8 +41,8 @@ from easyedit_wise.tuner.attach import check_layer, module_name_of
 from easyedit_wise.tuner.hooks import install_hooks, remove_hooks
 from easyedit_wise.tuner.memory import MERGED, MemoryState
 from easyedit_wise.tuner.model import find_wise_layers
+from easyedit_wise.tuner.padding import real_tokens
 from easyedit_wise.tuner.route import Route
-from easyedit_wise.tuner.scope import real_tokens
 
 LLAMA = LAYERS["llama"]
 DOWN = module_name_of(LLAMA)

@@ -16,24 +16,29 @@ from .scope import RoutingScope
 
 
 @contextmanager
-def rows_asking(model: nn.Module, layers: Iterable[WiseLayer], names: str | Sequence[str]) -> Iterator[None]:
+def rows_asking(
+    model: nn.Module, layers: Iterable[WiseLayer], names: str | Sequence[str] | None, around_code: bool = False
+) -> Iterator[None]:
     """Inside, calls of ``model`` by this thread are routed among the adapters that their rows ask for.
 
     Args:
         model: the model; its ``modules_to_save`` follow the names, too.
         layers: its WISE layers.
-        names: one adapter's name for all rows, or one for each row; ``"__base__"`` is the unedited model.
+        names: one adapter's name for all rows, or one for each row; ``"__base__"`` is the unedited model; None: the
+            active adapters.
+        around_code: see :meth:`~easyedit_wise.tuner.scope.RoutingScope.asking`.
 
     Raises:
         TypeError, ValueError: see :func:`~easyedit_wise.tuner.asked.checked`; nothing ran yet.
     """
     layers = list(layers)
     known = {name for layer in layers for name in layer.wisemem_memories}
-    asked = checked(names, known, training=any(layer.training for layer in layers))
+    training = any(layer.training for layer in layers)
+    asked = None if names is None else checked(names, known, training)
     scopes = {id(layer.routing_scope): layer.routing_scope for layer in layers}
     with ExitStack() as stack:
         for scope in scopes.values():
-            stack.enter_context(scope.asking(asked))
+            stack.enter_context(scope.asking(asked, around_code))
             for module in model.modules():
                 if isinstance(module, AuxiliaryTrainingWrapper):
                     handle = module.register_forward_pre_hook(partial(_with_names, scope), with_kwargs=True)

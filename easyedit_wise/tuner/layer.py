@@ -189,7 +189,8 @@ class WiseLayer(nn.Module, BaseTunerLayer):
             The base layer's output shape and dtype: (B, T, d_out) or (B * T, d_out).
 
         Raises:
-            ValueError: rows ask for adapters, and there are other than B names.
+            ValueError: rows ask for adapters, and there are other than B names; or the call goes on with a cache
+                whose tokens were routed among other memories.
         """
         base_output = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
@@ -208,6 +209,14 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         else:
             result = self._routed(sequences, result, candidates, asked)
         return result.reshape(base_output.shape)
+
+    def may_answer(self) -> bool:
+        """Whether the router has something to decide: the memories are on, there are some, and none is trained."""
+        if self.disable_adapters:
+            return False
+        asked = self.routing_scope.asked()
+        candidates = self._candidates((asked,) if isinstance(asked, str) else asked)
+        return bool(candidates) and self._memory_in_training(candidates) is None
 
     def _memory_in_training(self, candidates: list[Candidate]) -> SideMemory | None:
         """Under ``model.train()`` the live memory answers everything: a routed-away row has no gradient."""
@@ -228,6 +237,8 @@ class WiseLayer(nn.Module, BaseTunerLayer):
             held = None
         if held is not None and held.decided is None:
             return follow(held, x, base_output, candidates, self._product)
+        if held is None:
+            self.routing_scope.check_begins()
         token_mask = self.routing_scope.token_mask(x.shape[0], x.shape[1], x.device)
         given = (token_mask, held, self._sketches)
         if asked is None:

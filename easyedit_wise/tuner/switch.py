@@ -34,24 +34,30 @@ def edits_disabled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def edits_chosen(model: nn.Module, names: str | Sequence[str]) -> Iterator[None]:
+def edits_chosen(model: nn.Module, names: str | Sequence[str] | None) -> Iterator[None]:
     """Inside, a query is routed only among the edits of the set that it asks for, active or not.
 
     Sets are named where they are loaded: ``load_edits(model, path, adapter_name="law")``. It holds for calls by this
-    thread, so that two threads may serve different sets; ``edits_disabled`` wins over it. What a call decided is kept
+    thread or task, so that two may serve different sets; ``edits_disabled`` wins over it. What a call decided is kept
     while decoding with its cache, as long as the same names are asked for.
+
+    A thread that is started inside does not inherit the choice (``contextvars``), unless it runs in a copy of the
+    context. Since nobody can tell whether it means the same edits, a call that names none, from another thread or task
+    while a choice is open, is refused. Name the edits in the call, ``model.generate(..., adapter_names=[...])``,
+    which any thread can, or choose in the thread.
 
     Args:
         model: a model that carries edits, edited in place or wrapped by PEFT.
         names: one set for all rows, or a list with one for each row of the batch; in ``generate`` one for each prompt,
-            and its beams and samples go with it. ``"__base__"`` is the unedited model, bit for bit.
+            and its beams and samples go with it. ``"__base__"`` is the unedited model, bit for bit. None: the sets
+            that are active, which a thread beside others that choose says of itself.
 
     Raises:
         TypeError: ``names`` is neither a name nor a sequence of names.
         ValueError: there is no such set, or the model is in training mode; later, before anything is computed, a call
             has other than one row for each name.
     """
-    with rows_asking(model, _layers(model, "to choose from"), names):
+    with rows_asking(model, _layers(model, "to choose from"), names, around_code=True):
         yield
 
 
