@@ -39,7 +39,10 @@ def edit_ours(model: Any, tok: Any, request: Request, hparams: WISEHyperParams) 
     timing = EditTiming()
     started = now()
     stream = stream_of(model, tok, hparams)
-    stream.apply([EditRequest.from_easyedit(request)], on_iteration=lambda *_: timing.marks.append(now()))
+    stream.apply(
+        [EditRequest.from_easyedit(request, hparams.target_separator)],
+        on_iteration=lambda *_: timing.marks.append(now()),
+    )
     timing.seconds = now() - started
     return timing
 

@@ -158,7 +158,9 @@ def run_ours(
         return masks[-1]
 
     with patch.object(shards, "random_mask", recorded), host_tokenizer(tok):
-        for outcome in stream.apply([EditRequest.from_easyedit(edit) for edit in edits]):
+        for outcome in stream.apply(
+            [EditRequest.from_easyedit(edit, stream.hparams.target_separator) for edit in edits]
+        ):
             run.losses.append(outcome.losses)
             run.edit_losses.append(outcome.edit_losses)
         prefixes = stream._recorder.prefixes()

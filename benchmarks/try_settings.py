@@ -39,7 +39,7 @@ def run(model: Any, tok: Any, hparams: WISEHyperParams, n: int, data: Path | Non
     baseline = collect_baseline(model, tok, records)
     stream = stream_of(model, tok, hparams)
     started = now()
-    outcomes = stream.apply([EditRequest.from_easyedit(request) for request in requests])
+    outcomes = stream.apply([EditRequest.from_easyedit(request, hparams.target_separator) for request in requests])
     seconds = (now() - started) / n
     scores = score_model(model, tok, records, baseline).to_dict()
     return {

@@ -34,6 +34,7 @@ from .adapter_format import (
 from .editing.held import HeldEdit
 from .editing.requests import EditRequest
 from .hparams import WISEHyperParams
+from .separators import SPACE
 from .tuner.adapter_tensors import memory_names
 from .tuner.config import WiseConfig
 from .tuner.memory import SCORES
@@ -203,10 +204,11 @@ def _edits_values(folder: Path) -> dict[str, Any] | None:
 
 def _parsed_record(values: Mapping[str, Any], n_memories: int) -> EditsRecord:
     settings, generator = values.get("settings"), values.get("generator")
+    as_before = {"target_separator": SPACE}  # what earlier versions, which do not name it, put before every target
     edits = values.get("edits", [])
     if not isinstance(edits, list):
         raise ValueError(f"edits is a {type(edits).__name__}, and must be a list")
-    held = tuple(HeldEdit(EditRequest.from_easyedit(edit), edit["memory"]) for edit in edits)
+    held = tuple(HeldEdit(EditRequest.from_easyedit(edit, SPACE), edit["memory"]) for edit in edits)
     for edit in held:
         known = isinstance(edit.memory, int) and not isinstance(edit.memory, bool) and 0 <= edit.memory < n_memories
         if not known:
@@ -218,4 +220,4 @@ def _parsed_record(values: Mapping[str, Any], n_memories: int) -> EditsRecord:
         torch.Generator().set_state(state)  # refuses what is not a generator's state
     if settings is not None and not isinstance(settings, dict):
         raise ValueError(f"settings is a {type(settings).__name__}, and must be a mapping")
-    return EditsRecord(None if settings is None else WISEHyperParams.from_dict(settings), held, state)
+    return EditsRecord(None if settings is None else WISEHyperParams.from_dict({**as_before, **settings}), held, state)

@@ -12,7 +12,8 @@ EDITS_FILE = "wise_edits.json"
 CARD_FILE = "README.md"
 OUR_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, EDITS_FILE, CARD_FILE})
 # 2: tensors are packed, and there are digests. 3: a memory says what its weakest edit scores. 4: and with its target.
-FORMAT_VERSION = 4
+# 5: an edit says what stands between its prompt and its target.
+FORMAT_VERSION = 5
 # What Python, torch and the libraries raise on values that nobody wrote on purpose. Nesting that is too deep is a
 # RuntimeError, and so is most of what torch says; a number that is too large is an ArithmeticError.
 UNREADABLE = (

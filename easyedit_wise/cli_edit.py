@@ -41,7 +41,7 @@ def run_edit(
     if not isinstance(wanted, list) or not wanted:
         raise ValueError(f"{requests} must hold a non-empty list of requests.")
     for request in wanted:  # before the model is loaded, which takes its time
-        EditRequest.from_easyedit(request)
+        EditRequest.from_easyedit(request, settings.target_separator)
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -30,6 +30,8 @@ from .evaluation.scores import summarise
 from .evaluation.smollm2 import smollm2_checkpoint
 from .machine import machine_info
 from .reports.lifelong import lifelong_tables, plot_retention
+from .separators import AUTO, joined
+from .wording import Wording
 
 
 def run_evaluate(options: EvaluateOptions) -> list[dict[str, Any]]:
@@ -52,7 +54,8 @@ def run_evaluate(options: EvaluateOptions) -> list[dict[str, Any]]:
     results = []
     for seed in options.seeds:
         for stream in streams_of(options, loader.n_tokens, seed):
-            baseline: Baseline | None = None
+            # Of each way to ask: a chat's prompts are other texts than plain ones.
+            baselines: dict[tuple[bool, str], Baseline] = {}
             for alg, config in configs.items():
                 settings = run_settings(options, alg, config, stream, seed)
                 path = options.out / file_name(settings, stream)
@@ -62,12 +65,14 @@ def run_evaluate(options: EvaluateOptions) -> list[dict[str, Any]]:
                     continue
                 console.rule(f"{alg} on {stream.name}, {len(stream.edits.records)} edits, seed {seed}")
                 unfinished = UnfinishedRun(path, alg == WISE and options.journal, options.again)
-                if baseline is None:
+                wording = _wording(loader.tok, config)
+                key = (wording.chat, wording.separator)
+                if key not in baselines:
                     console.print("Asking the unedited model ...", highlight=False)
-                    baseline = collect_baseline(
-                        loader.fresh(), loader.tok, stream.edits.records, options.max_new_tokens, options.batch_size
+                    baselines[key] = collect_baseline(
+                        loader.fresh(), wording, stream.edits.records, options.max_new_tokens, options.batch_size
                     )
-                run = _Run(options, alg, stream, settings, baseline, unfinished, machine)
+                run = _Run(options, alg, stream, settings, baselines[key], unfinished, machine)
                 results.append(run(loader.fresh(), loader.tok, console))
                 unfinished.finish(results[-1])
                 console.print(f"Result: {path}", highlight=False)
@@ -75,6 +80,11 @@ def run_evaluate(options: EvaluateOptions) -> list[dict[str, Any]]:
         console.print(table)
     _plots(results, options.out, console)
     return results
+
+
+def _wording(tok: Any, config: Mapping[str, Any]) -> Wording:
+    """How a model with these settings is asked: as its edits were trained."""
+    return Wording(tok, bool(config.get("use_chat_template")), config.get("target_separator") or AUTO)
 
 
 class _Models:
@@ -151,7 +161,7 @@ class _Run:
 
                 run_stream(
                     editor,
-                    tok,
+                    _wording(tok, config),
                     self._stream.edits,
                     self._baseline,
                     self._settings["checkpoints"],
@@ -205,7 +215,7 @@ def _before(baseline: Baseline) -> dict[str, Any]:
 def _texts(path: Path) -> list[str]:
     """Paragraphs of a text file, or prompts with targets of a data file."""
     if path.suffix == ".json":
-        return [f"{one.prompt} {one.target}" for one in read_dataset(path).records]
+        return [joined(one.prompt, one.target) for one in read_dataset(path).records]
     return [part for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
 
 

@@ -22,6 +22,7 @@ from .hparams_combinations import check_together
 from .hparams_files import packaged_hparams, read_settings
 from .hparams_values import check_values
 from .presets import implied_preset, preset_values
+from .separators import AUTO
 
 
 @dataclass
@@ -118,6 +119,13 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     contexts, at least one beside the plain prompt. An iteration's time grows with its tokens, and "steepest" keeps the
     square of their number. None: no limit."""
     use_chat_template: bool = False
+    """True: prompts are a user's turns in the tokenizer's chat template, which writes the special tokens: ask as
+    ``apply_chat_template(..., add_generation_prompt=True)`` does."""
+    target_separator: str = AUTO
+    """What stands between a prompt and its target: "auto", "space" or "none" (``separators.gap``). "auto" is a space,
+    but for where there is white space already, or the two are written without ("http://", "$", "f(x).", Chinese);
+    behind a chat template it is what that writes before an answer. "space": one, unless there is white space. "none":
+    none, and white space at the target's end stays, too. A request's own ``target_separator`` comes first."""
 
     # The rest of EasyEdit's keys
     seed: int = 42

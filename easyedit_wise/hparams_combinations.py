@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .separators import SPACE
+
 if TYPE_CHECKING:
     from .hparams import WISEHyperParams
 
@@ -35,6 +37,11 @@ def check_together(hparams: WISEHyperParams) -> None:
     if hparams.padding_counts and hparams.ending:
         raise ValueError(
             "padding_counts is True with ending: True, but EasyEdit's batch ends with the target: set ending: false."
+        )
+    if hparams.padding_counts and hparams.target_separator != SPACE:
+        raise ValueError(
+            f"padding_counts is True with target_separator: {hparams.target_separator}, but EasyEdit's batch has a "
+            "space before every target: set target_separator: space."
         )
     if hparams.decay_whole_matrix and hparams.optimizer != "sgd":
         raise ValueError(

@@ -16,6 +16,7 @@ from .checks import (
 )
 from .merging import MERGE_METHODS
 from .routing import POOLINGS
+from .separators import SEPARATORS
 
 if TYPE_CHECKING:
     from .hparams import WISEHyperParams
@@ -71,6 +72,7 @@ def check_values(hparams: WISEHyperParams) -> None:
     check_choice("objective_optimization", hparams.objective_optimization, OBJECTIVES)
     check_choice("optimizer", hparams.optimizer, OPTIMIZERS)
     check_choice("pooling", hparams.pooling, POOLINGS)
+    check_choice("target_separator", hparams.target_separator, SEPARATORS)
     for name in ("edit_lr", "first_token_weight"):
         value = getattr(hparams, name)
         if not is_number(value) or not math.isfinite(value) or value <= 0:

@@ -214,6 +214,7 @@ def _edits_record(layer: WiseLayer, layer_name: str, adapter_name: str) -> dict[
                 "target_new": edit.request.target,
                 "subject": edit.request.subject,
                 "loc_prompt": edit.request.loc_prompt,
+                "target_separator": edit.request.separator,
                 "memory": edit.memory,
             }
             for edit in (stream.held if stream else [])

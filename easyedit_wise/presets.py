@@ -80,6 +80,7 @@ _PAPER: dict[str, Any] = {
     "contexts_per_step": None,
     "context_tokens": None,
     "fixed_contexts": False,
+    "target_separator": "auto",
 }
 
 _UPSTREAM: dict[str, Any] = {
@@ -94,6 +95,7 @@ _UPSTREAM: dict[str, Any] = {
     "epsilon_as_trained": True,
     "fixed_contexts": True,
     "easyedit_merge": True,
+    "target_separator": "space",
     "early_stop_patience": 1,
 }
 

@@ -11,7 +11,8 @@ import torch
 from editing_helpers import SpyTokenizer, requests, settings
 
 from easyedit_wise import apply_wise_to_model
-from easyedit_wise.editing.contexts import as_chat, context_groups, generate_prefixes
+from easyedit_wise.editing.contexts import context_groups, generate_prefixes
+from easyedit_wise.wording import as_chat
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"

@@ -23,9 +23,18 @@ from test_journal import closed, edited, memories, same
 
 from easyedit_wise.easyedit.apply import apply_wise_to_model
 from easyedit_wise.editing.open_shard import OpenShard
+from easyedit_wise.editing.requests import EditRequest
+from easyedit_wise.journal import recording
 from easyedit_wise.journal.calls import resume
-from easyedit_wise.journal.database import JOURNAL_FILE, Database, JournalDamagedError, JournalError, digest_of
-from easyedit_wise.journal.entries import EditEntry
+from easyedit_wise.journal.database import (
+    JOURNAL_FILE,
+    SCHEMA_VERSION,
+    Database,
+    JournalDamagedError,
+    JournalError,
+    digest_of,
+)
+from easyedit_wise.journal.entries import EditEntry, request_values
 from easyedit_wise.journal.journal import Journal
 from easyedit_wise.journal.restoring import attached
 from easyedit_wise.journal.tensors import (
@@ -134,9 +143,9 @@ def test_flipped_bytes_never_pass_for_other_edits(journal: Path, tok: Any, make_
 
 
 def test_a_newer_journal(journal: Path) -> None:
-    altered(journal, "PRAGMA user_version = 4")
+    altered(journal, "PRAGMA user_version = 5")
     for write in (False, True):
-        with pytest.raises(JournalError, match=r"has version 4, and this easyedit_wise reads up to 3: update it"):
+        with pytest.raises(JournalError, match=r"has version 5, and this easyedit_wise reads up to 4: update it"):
             Database(journal, write)
 
 
@@ -170,8 +179,30 @@ def test_a_journal_of_an_earlier_version_is_read_and_goes_on_as_one_of_this(
     assert version() == earlier  # nobody has written to it
     writer = edited(llama, tok, journal, about(5)[4:], **ON)
     closed(writer)
-    assert version() == 3
+    assert version() == SCHEMA_VERSION
     assert max(memories(writer)[-1][3:5]) < math.inf
+
+
+def test_a_journal_that_names_no_separators_had_a_space_before_every_target(
+    llama: Any, tok: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of version 3 and earlier; the first edit of an open shard is made again from its text, bit for bit."""
+    asked = [{"prompt": "The file is http://", "target_new": "a.org"}, *about(2)]
+
+    def unsaid(request: EditRequest) -> dict[str, Any]:
+        return {name: value for name, value in request_values(request).items() if name != "separator"}
+
+    with monkeypatch.context() as patched:
+        patched.setattr(recording, "request_values", unsaid)
+        model = edited(llama, tok, tmp_path / "old", asked, target_separator="space", **ON)
+    closed(model)
+    altered(tmp_path / "old", "PRAGMA user_version = 3")
+    fresh = copy.deepcopy(llama)
+    stream = resume(fresh, tok, tmp_path / "old")
+    assert [held.request for held in stream.held] == [held.request for held in stream_on(model).held]
+    assert stream.held[0].request.separator == "space"
+    assert same(memories(fresh), memories(model))
+    closed(fresh)
 
 
 def test_another_programs_database(tmp_path: Path) -> None:

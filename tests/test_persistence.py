@@ -157,7 +157,7 @@ def test_files_are_safetensors_and_json_only(folder: Path) -> None:
     assert config["memories"] == ["merged", "shard", "live"]
     assert config["target_modules"] == [module_name_of(LLAMA)]
     record = json.loads((folder / EDITS_FILE).read_text(encoding="utf-8"))
-    assert record["format_version"] == 4
+    assert record["format_version"] == 5
     assert record["layer"] == module_name_of(LLAMA)
     assert [one["stage"] for one in record["memories"]] == ["merged", "shard", "live"]
     # Nothing temporary is left beside the folder, and others may read what is in it.
@@ -425,7 +425,7 @@ def damage(folder: Path, how: str) -> str:
         rewrite(path, target_modules=["down_proj"])
         return "3 match"
     elif what == "a newer format":
-        rewrite(path, format_version=5)
+        rewrite(path, format_version=6)
     elif what == "settings of a later version":
         rewrite(path, settings={"inner_params": [LLAMA], "telepathy": True})
     elif what == "an edit without a prompt":

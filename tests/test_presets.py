@@ -138,6 +138,7 @@ def test_upstream_differs_from_the_paper_in_easyedits_arithmetic_alone() -> None
         "epsilon_as_trained": True,
         "fixed_contexts": True,
         "easyedit_merge": True,
+        "target_separator": "space",
         "early_stop_patience": 1,
     }
 

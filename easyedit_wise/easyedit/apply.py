@@ -101,7 +101,7 @@ def apply_wise_to_model(
     settings = WISEHyperParams.from_any(hparams)
     if isinstance(requests, Mapping):
         requests = [requests]
-    edits = [EditRequest.from_easyedit(request) for request in requests]
+    edits = [EditRequest.from_easyedit(request, settings.target_separator) for request in requests]
     check_layer(model, settings.inner_params[0])
     if copy:
         model = copy_module.deepcopy(model)

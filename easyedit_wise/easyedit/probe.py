@@ -13,6 +13,7 @@ from ..routing import MAIN_MEMORY
 from ..tuner.devices import computing_device
 from ..tuner.route import Route
 from ..tuner.switch import last_route
+from ..wording import Wording
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def probe_routes(model: nn.Module, tok: Any, prompts: Sequence[str], batch_size:
 
     Args:
         model: it carries edits.
-        tok: its tokenizer.
+        tok: its tokenizer, or a ``Wording`` of it.
         prompts: routed by themselves, without an answer, as a generation is.
         batch_size: prompts a forward.
 
@@ -29,7 +30,8 @@ def probe_routes(model: nn.Module, tok: Any, prompts: Sequence[str], batch_size:
         ValueError: the model carries no edits, or they are switched off.
     """
     device = computing_device(model)
-    encoded = [list(tok(prompt)["input_ids"]) for prompt in prompts]
+    wording = Wording.of(tok)
+    encoded = [list(wording(wording.asked(prompt))["input_ids"]) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(encoded[i]))
     routed: dict[int, RoutedPrompt] = {}
     for first in range(0, len(order), batch_size):

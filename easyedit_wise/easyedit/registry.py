@@ -28,6 +28,12 @@ class _Record:
     restore_algs: set[str] | None = None
     batch_editor: Any = None
     batch_test: Any = None
+    replaced: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set an attribute of a module, and remember what it was."""
+        self.replaced.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
 
 
 def register() -> None:
@@ -38,6 +44,7 @@ def register() -> None:
       ``easyeditor.models`` where the host has no such names of its own.
     - Where the host lists the methods whose restore object is called, WISE is listed.
     - ``BatchEditor`` takes WISE for a method that can edit a batch.
+    - Its token accuracy of WISE is asked of the text that was trained, see ``scoring``.
 
     EasyEdit's multimodal registry keeps the host's own WISE: multimodal models are not edited here.
     Calling it again changes nothing, except that an ``ALG_DICT["WISE"]`` which somebody else has
@@ -48,6 +55,7 @@ def register() -> None:
     """
     alg_dict = _import_alg_dict()
     from easyedit_wise.easyedit.apply import apply_wise_to_model
+    from easyedit_wise.easyedit.scoring import score_as_trained
     from easyedit_wise.hparams import WISEHyperParams
 
     record = getattr(alg_dict, _RECORD, None)
@@ -57,6 +65,7 @@ def register() -> None:
         _export(record, {"WISEHyperParams": WISEHyperParams, "apply_wise_to_model": apply_wise_to_model})
         _list_as_callable_restore(record)
         _list_as_batchable(record)
+        score_as_trained(HOST, ALG_NAME, record.replace)
     alg_dict.ALG_DICT[ALG_NAME] = apply_wise_to_model
 
 
@@ -81,6 +90,8 @@ def unregister() -> None:
         record.restore_algs.discard(ALG_NAME)
     if record.batch_editor is not None:
         record.batch_editor.is_batchable_method = staticmethod(record.batch_test)
+    for owner, name, value in reversed(record.replaced):
+        setattr(owner, name, value)
     delattr(alg_dict, _RECORD)
 
 

@@ -16,6 +16,7 @@ from ..evaluation.lifelong import RouteProbe
 from ..hparams import WISEHyperParams
 from ..journal.calls import apply_edits, close_journal
 from ..journal.recording import JournalSink
+from ..wording import Wording
 from .apply import stream_of
 from .probe import probe_routes
 
@@ -46,14 +47,18 @@ class WiseStream:
         if journal is not None:
             hparams = replace(hparams, journal=str(journal))
         self._stream = stream_of(model, tok, hparams)
-        self.route_probe: RouteProbe | None = partial(probe_routes, model, tok)
+        self.route_probe: RouteProbe | None = partial(
+            probe_routes, model, Wording(tok, hparams.use_chat_template, hparams.target_separator)
+        )
         self.made, self.made_seconds = len(self._stream.held), 0.0
         if isinstance(self._stream.sink, JournalSink):
             self.made_seconds = sum(edit.seconds for edit in self._stream.sink.journal.edits())
 
     def edit(self, requests: Sequence[Request], on_edit: Callable[[], None]) -> None:
         """Make these edits on top of the earlier ones."""
-        apply_edits(self._stream, [EditRequest.from_easyedit(one) for one in requests], lambda *_: on_edit())
+        separator = self._stream.hparams.target_separator
+        edits = [EditRequest.from_easyedit(one, separator) for one in requests]
+        apply_edits(self._stream, edits, lambda *_: on_edit())
 
     def holders(self) -> list[str] | None:
         """The memory that holds each edit so far."""

@@ -124,18 +124,3 @@ def in_groups(prompt: str, augmented: Sequence[str], group_size: int | None = No
         return [[prompt], *([text] for text in augmented)]
     step = group_size - 1
     return [[prompt, *augmented[start : start + step]] for start in range(0, len(augmented), step)]
-
-
-def as_chat(tok: Any, prompt: str) -> str:
-    """The prompt as a user's turn in the tokenizer's chat template, up to where the answer starts.
-
-    Raises:
-        ValueError: the tokenizer has no chat template.
-    """
-    if not getattr(tok, "chat_template", None):
-        raise ValueError(
-            "use_chat_template is on, but this tokenizer has no chat template: switch it off, or use the "
-            "instruct version of the model."
-        )
-    turn = [{"role": "user", "content": prompt}]
-    return str(tok.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))

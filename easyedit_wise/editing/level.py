@@ -18,7 +18,7 @@ from ..hparams import WISEHyperParams
 from .consolidated import keep_to_norm_constraint
 from .open_shard import WATCHED
 from .recorder import PromptRecorder
-from .requests import EditRequest, encode_pair
+from .requests import EditRequest
 from .task import RecordedContexts, target_positions
 from .task_maker import STEP_SHARE
 
@@ -145,7 +145,7 @@ def _within(recorder: PromptRecorder, requests: Sequence[EditRequest]) -> Iterat
     some: list[EditRequest] = []
     longest = 0
     for request in requests:
-        length = len(encode_pair(recorder.tok, recorder.rendered(request.prompt), request.target)[0])
+        length = len(recorder.pair(request)[0])
         if some and (len(some) + 1) * max(longest, length) > budget:
             yield some
             some, longest = [], 0

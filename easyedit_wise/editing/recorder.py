@@ -17,7 +17,8 @@ from ..data import neutral_prompts
 from ..hparams import WISEHyperParams
 from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
-from .contexts import as_chat, fixed_prefixes, generate_prefixes
+from ..wording import Wording
+from .contexts import fixed_prefixes, generate_prefixes
 from .continuation import continued, last_logits_only, likeliest
 from .endings import endings
 from .frozen_prefix import FrozenPrefix, layer_input_of
@@ -77,9 +78,20 @@ class PromptRecorder:
             for module in in_training:
                 module.training = True
 
+    @property
+    def wording(self) -> Wording:
+        """How prompts are put to the model; it encodes all that :meth:`rendered` gives."""
+        # EasyEdit's arithmetic has the special tokens that the template wrote, and the tokenizer's before them.
+        hparams = self.hparams
+        return Wording(self.tok, hparams.use_chat_template, hparams.target_separator, hparams.padding_counts)
+
     def rendered(self, prompt: str) -> str:
         """The prompt as the model is asked it: plain, or as a user's turn of a chat."""
-        return as_chat(self.tok, prompt) if self.hparams.use_chat_template else prompt
+        return self.wording.asked(prompt)
+
+    def pair(self, request: EditRequest) -> tuple[list[int], int]:
+        """The tokens of an edit's prompt with its target behind it, and how many are the prompt's."""
+        return encode_pair(self.wording, self.rendered(request.prompt), request.target, request.separator)
 
     def prefixes(self) -> list[str]:
         """The sampled prefixes of the augmentation, the same for every edit of a model.
@@ -128,7 +140,7 @@ class PromptRecorder:
 
     def endings(self, requests: Sequence[EditRequest]) -> list[int | None]:
         """The token behind each target, as the main memory would go on, see :mod:`.endings`."""
-        pairs = [encode_pair(self.tok, self.rendered(request.prompt), request.target) for request in requests]
+        pairs = [self.pair(request) for request in requests]
         ids, mask = left_padded(self.tok, [tokens for tokens, _ in pairs], self._device())
         batch = TokenBatch(ids, mask, mask.bool(), torch.zeros_like(mask.bool()))
         inputs = {**self._model_inputs(batch), **last_logits_only(self.model)}
@@ -145,7 +157,7 @@ class PromptRecorder:
         endings = [None] * len(requests) if endings is None else endings
         texts = []
         for request, last in zip(requests, endings, strict=True):
-            tokens, _ = encode_pair(self.tok, self.rendered(request.prompt), request.target)
+            tokens, _ = self.pair(request)
             texts.append(tokens if last is None else [*tokens, last])
         ids, mask = left_padded(self.tok, texts, self._device())
         n_tokens = self.hparams.after_answer
@@ -181,7 +193,8 @@ class PromptRecorder:
             last = None
             if endings is not None:
                 last = [one for own, one in zip(prompts, endings, strict=True) for _ in own]
-            batch = pair_batch(self.tok, texts, [owner.target for owner in owners], self._device(), owners, last)
+            targets, separators = [owner.target for owner in owners], [owner.separator for owner in owners]
+            batch = pair_batch(self.wording, texts, targets, self._device(), owners, last, separators)
         inputs = self._model_inputs(batch)
         with self.main_memory_only():
             if self._plan is None:
@@ -194,7 +207,8 @@ class PromptRecorder:
         for start in range(0, len(requests), _SCORING_BATCH):
             some = requests[start : start + _SCORING_BATCH]
             prompts = [self.rendered(request.prompt) for request in some]
-            batch = pair_batch(self.tok, prompts, [request.target for request in some], self._device())
+            targets, separators = [request.target for request in some], [request.separator for request in some]
+            batch = pair_batch(self.wording, prompts, targets, self._device(), separators=separators)
             answered = self._scored_batch(batch, batch.attention_mask.bool())
             irrelevant = self.own_irrelevant(some)
             yield [
@@ -248,7 +262,7 @@ class PromptRecorder:
         """Rendered prompts as the router sees them; the forward goes no further than the layer."""
         inputs = []
         for start in range(0, len(texts), _SCORING_BATCH):
-            batch = prompt_batch(self.tok, texts[start : start + _SCORING_BATCH], self._device())
+            batch = prompt_batch(self.wording, texts[start : start + _SCORING_BATCH], self._device())
             inputs.append(self._scored_batch(batch, batch.prompt_mask))
         return ScoredInputs.stack(inputs)
 

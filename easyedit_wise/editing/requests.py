@@ -9,7 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import check_choice
 from ..routing import LONG_TEXT
+from ..separators import AUTO, NONE, SEPARATORS, gap
+from ..wording import Wording
 from .names import name_tokens
 
 
@@ -19,15 +22,17 @@ class EditRequest:
 
     Attributes:
         prompt: x_e.
-        target: y_e, without a leading space.
+        target: y_e; white space that it begins with is a part of it.
         subject: what the prompt is about, if known; it occurs in the prompt.
         loc_prompt: an irrelevant prompt x_i, or None: packaged neutral prompts serve.
+        separator: what stands between prompt and target, see :func:`..separators.gap`.
     """
 
     prompt: str
     target: str
     subject: str | None = None
     loc_prompt: str | None = None
+    separator: str = AUTO
 
     def __post_init__(self) -> None:
         for name, value in (("prompt", self.prompt), ("target_new", self.target)):
@@ -42,13 +47,22 @@ class EditRequest:
             )
         if self.loc_prompt is not None and not isinstance(self.loc_prompt, str):
             raise ValueError(f"loc_prompt is {self.loc_prompt!r}: it must be a text, or be left out.")
+        check_choice("target_separator", self.separator, SEPARATORS)
 
     @classmethod
-    def from_easyedit(cls, request: Mapping[str, Any]) -> EditRequest:
+    def from_easyedit(cls, request: Mapping[str, Any], separator: str = AUTO) -> EditRequest:
         """From EasyEdit's request dict: ``prompt``, ``target_new`` and, if given, ``subject``, ``loc_prompt``.
 
+        White space behind a target goes, unless nothing is put in before it either ("none"): what ends an answer is
+        the model's to say. White space before it stays; a space that would stand there anyway is not held twice.
+
+        Args:
+            request: the dict. A ``target_separator`` of its own overrides ``separator``.
+            separator: what stands between prompt and target, see :func:`..separators.gap`.
+
         Raises:
-            ValueError: no dict, prompt or target is missing or empty, or the subject is not in the prompt.
+            ValueError: no dict, prompt or target is missing or empty, the subject is not in the prompt, or there is no
+                such separator.
         """
         if not isinstance(request, Mapping):
             raise ValueError(f"a request is {request!r}: it must be a dict with 'prompt' and 'target_new'.")
@@ -59,12 +73,24 @@ class EditRequest:
                 "an edit needs a prompt and the text that shall follow it."
             )
         prompt, target, loc_prompt = request["prompt"], request["target_new"], request.get("loc_prompt")
+        separator = request.get("target_separator") or separator
+        if isinstance(target, str) and separator != NONE:
+            target = target.rstrip()
+            bare = target.removeprefix(" ")
+            target = bare if isinstance(prompt, str) and gap(prompt, bare, separator) else target
         return cls(
             prompt=prompt,
-            target=target.strip() if isinstance(target, str) else target,
+            target=target,
             subject=request.get("subject") or None,
             loc_prompt=None if isinstance(loc_prompt, str) and not loc_prompt.strip() else loc_prompt,
+            separator=separator,
         )
+
+    @property
+    def answer(self) -> str:
+        """The target as it is written behind a word: what its tokens are made of."""
+        own = " " if self.prompt.endswith(" ") else gap(self.prompt, self.target, self.separator)
+        return own + self.target
 
 
 def related(request: EditRequest, others: Sequence[EditRequest], count: int) -> list[EditRequest]:
@@ -149,22 +175,23 @@ class TokenBatch:
         }
 
 
-def join_target(prompt: str, target: str) -> str:
-    """The text "prompt target", with one space between unless the prompt ends in white space."""
-    return prompt + target if prompt[-1:].isspace() or not target else f"{prompt} {target}"
-
-
-def encode_pair(tok: Any, prompt: str, target: str) -> tuple[list[int], int]:
-    """Tokens of "prompt target" and how many of them are the prompt's.
+def encode_pair(tok: Any, prompt: str, target: str, separator: str = AUTO) -> tuple[list[int], int]:
+    """Tokens of a prompt with its target behind it, and how many of them are the prompt's.
 
     The text is tokenised as a whole, as a model would meet it; the prompt's part ends where it
     stops to agree with the prompt tokenised alone.
+
+    Args:
+        tok: the tokenizer, or a :class:`..wording.Wording` of it.
+        prompt: as the model is asked it.
+        target: what follows.
+        separator: what stands between the two, see :func:`..separators.gap`.
 
     Raises:
         ValueError: nothing of the target, or nothing of the prompt, is left as a token of its own.
     """
     alone = list(tok(prompt)["input_ids"])
-    together = list(tok(join_target(prompt, target))["input_ids"])
+    together = list(tok(Wording.of(tok).answered(prompt, target, separator))["input_ids"])
     eos = getattr(tok, "eos_token_id", None)
     if together and alone and eos is not None and together[-1] == alone[-1] == eos:
         together, alone = together[:-1], alone[:-1]  # tokenizers that end every text with eos
@@ -201,22 +228,25 @@ def pair_batch(
     device: torch.device,
     requests: EditRequest | Sequence[EditRequest] | None = None,
     endings: Sequence[int | None] | None = None,
+    separators: str | Sequence[str] = AUTO,
 ) -> TokenBatch:
     """A batch of prompts, each followed by its target.
 
     Args:
-        tok: the tokenizer.
+        tok: the tokenizer, or a :class:`..wording.Wording` of it.
         prompts: contexts of one edit or of several; each holds its request's prompt.
         targets: what follows each of them, or all of them.
         device: where the tensors go.
         requests: the request of each prompt, or of all: names the subject, if its tokens are wanted.
         endings: one token more behind each target, where it has one.
+        separators: what stands before each of the targets, or all of them, see :func:`..separators.gap`.
 
     Raises:
         ValueError: a target tokenises to nothing.
     """
     targets = [targets] * len(prompts) if isinstance(targets, str) else targets
-    pairs = [encode_pair(tok, prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    separators = [separators] * len(prompts) if isinstance(separators, str) else separators
+    pairs = [encode_pair(tok, *one) for one in zip(prompts, targets, separators, strict=True)]
     if endings is not None:
         pairs = [
             (tokens if last is None else [*tokens, last], n) for (tokens, n), last in zip(pairs, endings, strict=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..hparams import WISEHyperParams
+from ..separators import SPACE
 from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, MemoryState
@@ -27,7 +28,7 @@ from .open_shard import OpenShard
 from .overruled import overruled, standing, without_repeats
 from .recorded import RecordedEdit
 from .recorder import PromptRecorder, plain_edits
-from .requests import EditRequest, encode_pair
+from .requests import EditRequest
 from .shards import (
     close_shard,
     is_full,
@@ -158,10 +159,17 @@ class EditStream:
         """Whether edits can be asked for.
 
         Raises:
-            ValueError: a target tokenises to nothing, or the model has no chat template but needs one.
+            ValueError: a target tokenises to nothing, the model has no chat template but needs one, or a request names
+                a separator that EasyEdit's arithmetic does not have.
         """
         for request in requests:
-            encode_pair(self.tok, self._recorder.rendered(request.prompt), request.target)
+            if self.hparams.padding_counts and request.separator != SPACE:
+                raise ValueError(
+                    f"the request {request.prompt!r} has target_separator: {request.separator}, but with "
+                    "padding_counts, as in EasyEdit, there is a space before every target: leave it out, or set "
+                    "target_separator: space."
+                )
+            self._recorder.pair(request)
 
     def snapshot(self) -> Snapshot:
         """The present contents, to be put back by :meth:`restore`."""
@@ -258,7 +266,8 @@ class EditStream:
             equations = self._tasks.equations(live, held, kept, self._elsewhere, outside, inherited)
             shard = replace(shard, equations=equations).with_tokens_of(inherited)
         step = self.hparams.edit_lr * (self._recorder.units().output_norm if self.hparams.layer_units else 1.0)
-        n_tokens = min(len(self.tok(self._recorder.rendered(request.prompt))["input_ids"]) for request in requests)
+        wording = self._recorder.wording
+        n_tokens = min(len(wording(wording.asked(request.prompt))["input_ids"]) for request in requests)
         hparams = settings_after(self.hparams, self._n_earlier(place), n_tokens)
         shard, outcome = train_into(shard, task, recorded, hparams, step, self._label(requests), on_iteration)
         answers = recorded_answers(self._recorder, self._tasks.answered_by([*held, *requests], outside))

@@ -19,7 +19,7 @@ from .inherited import Inherited, divided, inherited_by
 from .open_shard import OpenShard
 from .overruled import latest, overruled
 from .recorder import PromptRecorder
-from .requests import EditRequest, continued, encode_pair, related
+from .requests import EditRequest, continued, related
 from .scored import ScoredInputs
 from .task import EditTask
 from .variations import about_others, scrambled, varied_contexts
@@ -161,8 +161,7 @@ class TaskMaker:
         size, budget = self.hparams.contexts_per_step, self.hparams.context_tokens
         if budget is None:
             return size, None
-        pairs = [encode_pair(self._recorder.tok, self._recorder.rendered(one.prompt), one.target) for one in requests]
-        length = max(len(tokens) for tokens, _ in pairs)
+        length = max(len(self._tokens(one)[0]) for one in requests)
         affordable = max(2, budget // STEP_SHARE // length)
         size = affordable if size is None else min(size, affordable)
         return size, max(1, budget // (length * size))
@@ -228,12 +227,12 @@ class TaskMaker:
         return max((divided(own, self._tokens(other))[1] for other in goes_on), default=0)
 
     def _tokens(self, request: EditRequest) -> tuple[list[int], int]:
-        return encode_pair(self._recorder.tok, self._recorder.rendered(request.prompt), request.target)
+        return self._recorder.pair(request)
 
     def _scrambled_targets(self, requests: Sequence[EditRequest]) -> ScoredInputs | None:
         """The tokens of each request's target out of order among those of neutral prompts."""
         neutral, count, tok = neutral_prompts(), self.hparams.scrambled, self._recorder.tok
-        targets = [f" {one.target}" for one in requests]
+        targets = [one.answer for one in requests]
         mixed = [text for one in targets for text in scrambled(one, neutral, count, tok, self._generator)]
         return self._recorder.scored([self._recorder.rendered(text) for text in mixed]) if mixed else None
 

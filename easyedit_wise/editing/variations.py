@@ -23,6 +23,7 @@ def words_left_out(prompt: str, subject: str | None, share: float, generator: to
     Args:
         prompt: x_e.
         subject: stays whole, with the punctuation that is glued to it; None: every word may go, but not all.
+            White space that the prompt ends with stays, since the target stands behind it.
         share: the chance of each word to go, in [0, 1].
         generator: the only source of randomness, on the CPU.
     """
@@ -33,7 +34,12 @@ def words_left_out(prompt: str, subject: str | None, share: float, generator: to
     kept_left = [word for word, stay in zip(left, stays[: len(left)], strict=True) if stay]
     kept_right = [word for word, stay in zip(right, stays[len(left) :], strict=True) if stay]
     text = " ".join([*kept_left, *([named + glued] if named else []), *kept_right])
-    return text or prompt
+    return text + white_end(prompt) if text else prompt
+
+
+def white_end(prompt: str) -> str:
+    """The white space that a text ends with."""
+    return prompt[len(prompt.rstrip()) :]
 
 
 def about_others(prompt: str, subject: str, others: Sequence[str], count: int, generator: torch.Generator) -> list[str]:
@@ -92,6 +98,6 @@ def varied_contexts(
         kind = index % 3
         text = prompt if kind == 0 else words_left_out(prompt, subject, share, generator)
         if kind == 2 and subject:
-            text = subject
+            text = subject + white_end(prompt)
         contexts.append(text if kind == 1 else f"{prefix}. {text}")
     return contexts

@@ -4,6 +4,9 @@ Two ways of asking are kept apart, because they can disagree. *Teacher-forced*: 
 the right answer and predicts each of its tokens in turn, as EasyEdit's token accuracy does; one
 wrong token does not spoil the next. *Greedy*: the model writes its answer on its own, as it does
 for a user.
+
+``tok`` is the model's tokenizer, or a ``Wording`` of it, which puts prompts into a chat or says what stands between a
+prompt and its answer; by itself a tokenizer means plain prompts and the default.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from easyedit_wise.wording import Wording
 
 _TOKENS_A_BATCH = 2048
 
@@ -65,8 +70,8 @@ class TokenPrediction:
 def teacher_forced(model: Any, tok: Any, queries: Sequence[Query], batch_size: int = 16) -> list[TokenPrediction]:
     """Let the model predict every token of each query's answer from what stands before it.
 
-    Prompt and answer are tokenised together, joined by one space unless there is white space
-    already; the answer's tokens are those beyond the tokens that the prompt has on its own.
+    Prompt and answer are tokenised together, joined as an edit's are (``separators.joined``); the answer's tokens are
+    those beyond the tokens that the prompt has on its own.
     The model's output needs ``.logits`` of shape (B, T, V). The result has the order of the
     queries; the tokenizer's padding side and token neither matter nor change.
 
@@ -84,7 +89,8 @@ def predict_texts(model: Any, tok: Any, texts: Sequence[str], batch_size: int = 
         ValueError: no texts, or one of fewer than two tokens.
     """
     _require("texts", texts, batch_size)
-    encoded = [(_encode(tok, text), 1) for text in texts]
+    plain = Wording.of(tok).tok  # a text is nobody's turn in a chat
+    encoded = [(_encode(plain, text), 1) for text in texts]
     for text, (ids, _) in zip(texts, encoded, strict=True):
         if len(ids) < 2:
             raise ValueError(f"The text {text!r} has fewer than two tokens: there is nothing to predict.")
@@ -128,7 +134,7 @@ def greedy_answers(
         ValueError: no prompts or an empty one.
     """
     _require("prompts", prompts, batch_size)
-    encoded = [_encode(tok, nonempty("prompt", prompt)) for prompt in prompts]
+    encoded = [prompt_tokens(tok, prompt) for prompt in prompts]
     ends = _end_tokens(model, tok)
     answers: dict[int, str] = {}
     with _asking(model):
@@ -198,6 +204,16 @@ def _forward_parameters(model: Any) -> frozenset[str]:
             return frozenset(inspect.signature(model.forward).parameters)
 
 
+def prompt_tokens(tok: Any, prompt: str) -> list[int]:
+    """The tokens of a prompt as the model is asked it.
+
+    Raises:
+        ValueError: it is blank.
+    """
+    wording = Wording.of(tok)
+    return _encode(wording, wording.asked(nonempty("prompt", prompt)))
+
+
 def _encode(tok: Any, text: str) -> list[int]:
     ids: list[int] = list(tok(text)["input_ids"])
     end = tok.eos_token_id
@@ -210,8 +226,9 @@ def _encode(tok: Any, text: str) -> list[int]:
 def _encode_query(tok: Any, query: Query) -> tuple[list[int], int]:
     """The tokens of prompt and answer together, and where the answer begins among them."""
     prompt, answer = nonempty("prompt", query.prompt), nonempty("answer", query.answer)
-    gap = "" if prompt[-1].isspace() or answer[0].isspace() else " "
-    alone, joint = _encode(tok, prompt), _encode(tok, f"{prompt}{gap}{answer}")
+    wording = Wording.of(tok)
+    asked = wording.asked(prompt)
+    alone, joint = _encode(wording, asked), _encode(wording, wording.answered(asked, answer))
     start = next((i for i, (a, b) in enumerate(zip(alone, joint, strict=False)) if a != b), len(alone))
     if not 0 < start < len(joint):
         raise ValueError(f"The answer {answer!r} has no token of its own after the prompt {prompt!r}.")
@@ -219,8 +236,9 @@ def _encode_query(tok: Any, query: Query) -> tuple[list[int], int]:
 
 
 def shared_tokens(tok: Any, prompt: str, text: str) -> int:
-    """How many tokens a text begins with that are the prompt's own first ones."""
-    pairs = zip(_encode(tok, prompt), _encode(tok, text), strict=False)
+    """How many tokens a text begins with that are the prompt's own first ones; both plain."""
+    plain = Wording.of(tok).tok
+    pairs = zip(_encode(plain, prompt), _encode(plain, text), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 

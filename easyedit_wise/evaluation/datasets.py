@@ -16,6 +16,7 @@ from typing import Any
 
 from easyedit_wise.evaluation.asking import Query
 from easyedit_wise.evaluation.records import FactRecord
+from easyedit_wise.separators import joined
 
 HALLUCINATION_LIMIT = 254
 """Tokens of prompt and target: longer samples are left out of the hallucination set (paper, Appendix A.1)."""
@@ -146,7 +147,7 @@ def without_long_ones(dataset: Dataset, n_tokens: Callable[[str], int], limit: i
     """
     if dataset.format.name != "hallucination":
         return dataset
-    kept = [one for one in dataset.records if n_tokens(f"{one.prompt} {one.target}") <= limit]
+    kept = [one for one in dataset.records if n_tokens(joined(one.prompt, one.target)) <= limit]
     return replace(dataset, records=kept, n_too_long=len(dataset.records) - len(kept))
 
 

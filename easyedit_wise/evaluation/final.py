@@ -40,6 +40,13 @@ def collect_baseline(
 ) -> Baseline:
     """Ask the unedited model everything that the edited one will be compared with.
 
+    Args:
+        model: without edits.
+        tok: its tokenizer, or a ``Wording`` of it: prompts in a chat, or another separator before the answers.
+        records: the edits that will be made.
+        max_new_tokens: of each greedy answer.
+        batch_size: prompts a forward.
+
     Raises:
         ValueError: no records, or an empty prompt or answer in one.
     """
@@ -59,7 +66,7 @@ def score_model(
 
     Args:
         model: the edited model.
-        tok: its tokenizer.
+        tok: as the baseline was collected with.
         records: the edits that were made.
         baseline: of the unedited model.
         batch_size: prompts a forward.

@@ -16,7 +16,7 @@ from .database import JournalError
 from .entries import CallEntry, request_from, request_values
 from .journal import OPEN, Journal
 from .recording import JournalSink
-from .restoring import OnEdit, going_on
+from .restoring import OnEdit, going_on, settings_of
 from .writing import JournalWriter
 
 
@@ -124,9 +124,10 @@ def apply_journaled(stream: EditStream, requests: Sequence[EditRequest], on_edit
         raise JournalError("the stream has no journal: name a folder for it.")
     left = unfinished(sink.journal)
     values = [request_values(one) for one in requests]
+    values_left = [] if left is None else [request_values(one) for one in left.requests]
     if (
         left is not None
-        and values in (left.call.requests, [request_values(one) for one in left.requests])
+        and values in ([request_values(request_from(one)) for one in left.call.requests], values_left)
         and left.call.settings == stream.hparams.to_dict()
     ):
         sink.expect(left.number, left.ids)
@@ -185,7 +186,7 @@ def resume(
         sink = stream.sink
         if left is not None and isinstance(sink, JournalSink):
             sink.expect(left.number, left.ids[skip:])
-            stream.use(tok, stream.hparams.from_dict(left.call.settings))
+            stream.use(tok, settings_of(left.call))
             _finish(stream, sink, left.number, left.requests[skip:], on_edit)
         return stream
     except BaseException:

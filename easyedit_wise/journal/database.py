@@ -17,7 +17,8 @@ from filelock import FileLock, Timeout
 JOURNAL_FILE = "journal.sqlite3"
 LOCK_FILE = "journal.lock"
 # 2: a snapshot says what the weakest edit of each memory scores. 3: and what the weakest scores with its target.
-SCHEMA_VERSION = 3
+# 4: a request says what stands between its prompt and its target.
+SCHEMA_VERSION = 4
 # "WISE": what tells a journal from another program's database.
 _APPLICATION_ID = 0x57495345
 # How long a reader waits for a commit under way; one writes some hundreds of megabytes at most.

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from ..editing.requests import EditRequest
+from ..separators import SPACE
 from .database import digest_of
 
 Entry = TypeVar("Entry", bound="JsonEntry")
@@ -42,8 +43,8 @@ def request_values(request: EditRequest) -> dict[str, Any]:
 
 
 def request_from(values: Mapping[str, Any]) -> EditRequest:
-    """The request of :func:`request_values`."""
-    return EditRequest(**values)
+    """The request of :func:`request_values`. In journals of earlier versions there was a space before every target."""
+    return EditRequest(**{"separator": SPACE, **values})
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class EditEntry(JsonEntry):
     Attributes:
         id: its number, never given to another.
         call: which call asked for it.
-        request: prompt, target, subject, loc_prompt.
+        request: prompt, target, subject, loc_prompt, separator.
         batch: the id of the first edit that was trained together with it.
         memory: index of the side memory that it went into, as of then.
         shard_edit: its number in that shard, from 1.

@@ -21,7 +21,7 @@ from .entries import EditEntry, ForgottenEntry
 from .journal import PENDING, Journal
 from .recording import JournalSink, now
 from .remaking import Alone, its_memory_alone, put_without
-from .restoring import OnEdit, fresh_stream, make_again, rebuild, sink_of
+from .restoring import OnEdit, fresh_stream, make_again, rebuild, settings_of, sink_of
 from .writing import JournalWriter
 
 
@@ -155,7 +155,7 @@ def _make_without(stream: EditStream, journal: JournalWriter, plan: Plan, on_edi
         journal.begin_pending(_note(plan))
     settings = stream.hparams
     try:
-        stream.use(stream.tok, settings.from_dict(journal.calls()[0][2].settings))
+        stream.use(stream.tok, settings_of(journal.calls()[0][2]))
         done = plan.done
         if plan.alone is not None and not done:
             put_without(stream, journal, plan.edit, plan.alone, on_edit)

@@ -19,6 +19,7 @@ from ..editing.requests import EditRequest
 from ..editing.stream import EditStream
 from ..editing.trainer import EditOutcome
 from ..hparams import WISEHyperParams
+from ..separators import SPACE
 from ..tuner.attach import attach, detach
 from ..tuner.config import WiseConfig
 from ..tuner.devices import computing_device
@@ -52,6 +53,7 @@ _AS_BEFORE: Mapping[str, Any] = MappingProxyType(
         "unfinished_names_after": 0,
         "asked_again": 1,
         "asked_again_limit": 0,
+        "target_separator": SPACE,
     }
 )
 
@@ -113,7 +115,7 @@ def fresh_stream(
     name = adapter_name or facts.adapter_name
     layer = attach(model, config, name)
     put_back_texts(model, journal)
-    stream = EditStream(model, tok, _settings(calls[0][2]), layer, name)
+    stream = EditStream(model, tok, settings_of(calls[0][2]), layer, name)
     layer.edit_stream = stream
     return stream
 
@@ -247,7 +249,7 @@ def make_again(
     calls = {number: call for number, _, call in journal.calls()}
     for number, group in groupby(edits, key=lambda edit: edit.call):
         some = list(group)
-        stream.use(stream.tok, _settings(calls[number]))
+        stream.use(stream.tok, settings_of(calls[number]))
         if sink is not None:
             sink.expect(number, [edit.id for edit in some])
         stream.apply([request_from(edit.request) for edit in some], on_edit)
@@ -304,5 +306,6 @@ def sink_of(journal: JournalWriter, state_at: int, line: int = STREAM, n_kept: i
     return JournalSink(journal, facts.layer, line, NO_CHAIN if snapshot is None else snapshot.chain, state_at)
 
 
-def _settings(call: CallEntry) -> WISEHyperParams:
+def settings_of(call: CallEntry) -> WISEHyperParams:
+    """The settings that a call's edits were asked for with, also by an earlier version."""
     return WISEHyperParams.from_dict({**_AS_BEFORE, **call.settings})
