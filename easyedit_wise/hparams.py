@@ -20,6 +20,7 @@ from .consolidation_settings import ConsolidationSettings
 from .easyedit_arithmetic import SCORE_ACTIVATION_OF_THE_MODEL, EasyEditArithmetic, activation_of
 from .hparams_combinations import check_together
 from .hparams_files import packaged_hparams, read_settings
+from .hparams_foreign import COMPOUND, MULTIMODAL_SETTINGS, check_attributes, values_of
 from .hparams_values import check_values
 from .presets import implied_preset, preset_values
 from .separators import AUTO
@@ -158,6 +159,34 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
         self.validate_arithmetic()
         self.validate_consolidation()
         check_together(self)
+        check_attributes(vars(self), _names(self))
+
+    @property
+    def act_margin(self) -> list[float]:
+        """EasyEdit's name for [alpha, beta, gamma]; assigning it sets the three."""
+        return [self.alpha, self.beta, self.gamma]
+
+    @act_margin.setter
+    def act_margin(self, margin: Any) -> None:
+        self.alpha, self.beta, self.gamma = _margins(margin)
+
+    @property
+    def preset(self) -> str:
+        """Not kept: a preset fills up what is not named while the settings are made, and here everything has a value.
+
+        Raises:
+            AttributeError: when it is read.
+            ValueError: when it is assigned.
+        """
+        raise AttributeError("preset is not kept: it filled up these settings when they were made.")
+
+    @preset.setter
+    def preset(self, name: Any) -> None:
+        raise ValueError(
+            f"preset {name!r} was assigned to settings that are made already, and it cannot be told which of their "
+            f"values are to stay: make them with WISEHyperParams.from_preset({name!r}, inner_params, model_name=...), "
+            f"or write 'preset: {name}' into the YAML file."
+        )
 
     @classmethod
     def from_preset(cls, preset: str, inner_params: Sequence[str], **changes: Any) -> WISEHyperParams:
@@ -186,19 +215,19 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
         values = {key: number_from_scientific_notation(value) for key, value in config.items()}
         preset = preset_values(values.pop("preset") if "preset" in values else implied_preset(values))
         if "act_margin" in values:
-            margin = values.pop("act_margin")
-            if not isinstance(margin, (list, tuple)) or len(margin) != 3 or not all(map(is_number, margin)):
-                raise ValueError(
-                    f"act_margin is {margin!r}: it must be three numbers [alpha, beta, gamma], "
-                    "for instance [5.0, 20.0, 10.0] as in the paper."
-                )
-            values["alpha"], values["beta"], values["gamma"] = map(float, margin)
-        known = {field.name for field in dataclasses.fields(cls)}
+            values["alpha"], values["beta"], values["gamma"] = _margins(values.pop("act_margin"))
+        known = _names(cls)
         unknown = [key for key in values if key not in known]
+        multimodal = [key for key in unknown if key in MULTIMODAL_SETTINGS]
+        if multimodal:
+            raise ValueError(
+                f"{multimodal[0]!r} is a setting of EasyEdit's multimodal WISE, and these are settings for text: load "
+                "the file with EasyEdit's WISEMultimodalHyperParams, or name one without the multimodal settings."
+            )
         if unknown:
             raise ValueError(
-                f"unknown WISE setting {unknown[0]!r}{nearest(str(unknown[0]), (*known, 'act_margin', 'preset'))} "
-                f"Known settings: {', '.join(sorted(known | {'act_margin', 'preset'}))}."
+                f"unknown WISE setting {unknown[0]!r}{nearest(str(unknown[0]), (*known, *COMPOUND))} "
+                f"Known settings: {', '.join(sorted({*known, *COMPOUND}))}."
             )
         if "inner_params" not in values:
             raise ValueError(
@@ -221,8 +250,14 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     def from_any(cls, hparams: Any) -> WISEHyperParams:
         """From our own, a mapping, or another host's WISE settings object (EasyEdit's dataclass).
 
+        All that was set on the object and is a setting of ours holds, also where its class has no such field.
+
         Raises:
-            ValueError: not a settings object, or a value out of range.
+            ValueError: not a settings object, a value out of range, an attribute that is spelled nearly as a setting,
+                or a ``preset`` beside values that contradict it.
+
+        Warns:
+            UserWarning: an attribute that means nothing here nor, as far as is known, to EasyEdit.
         """
         if isinstance(hparams, cls):
             hparams.validate()  # EasyEdit and users assign to fields after construction
@@ -233,9 +268,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
             raise ValueError(
                 f"hparams is {hparams!r}: give a WISEHyperParams, such as WISEHyperParams.from_hparams('llama-7b')."
             )
-        known = {field.name for field in dataclasses.fields(cls)}
-        # Another host's object may carry fields of its own (generation settings, API keys): they are not ours.
-        return cls.from_dict({key: value for key, value in vars(hparams).items() if key in known})
+        return cls.from_dict(values_of(hparams, _names(cls)))
 
     def for_model(self, model: Any) -> WISEHyperParams:
         """The same settings with ``score_activation: model`` resolved; themselves where it is anything else.
@@ -258,6 +291,19 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
         """The settings that differ from this package's defaults, as plain values."""
         defaults = type(self)(inner_params=self.inner_params).to_dict()
         return {name: value for name, value in self.to_dict().items() if value != defaults[name]}
+
+
+def _names(hparams: WISEHyperParams | type[WISEHyperParams]) -> set[str]:
+    return {field.name for field in dataclasses.fields(hparams)}
+
+
+def _margins(margin: Any) -> list[float]:
+    if not isinstance(margin, (list, tuple)) or len(margin) != 3 or not all(map(is_number, margin)):
+        raise ValueError(
+            f"act_margin is {margin!r}: it must be three numbers [alpha, beta, gamma], "
+            "for instance [5.0, 20.0, 10.0] as in the paper."
+        )
+    return list(map(float, margin))
 
 
 __all__ = ["WISEHyperParams", "packaged_hparams"]

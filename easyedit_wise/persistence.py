@@ -7,6 +7,7 @@ safetensors and everything else is JSON: nothing is ever unpickled.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -71,14 +72,30 @@ def save_edits(
         The folder.
 
     Raises:
-        ValueError: the model carries no edits of that name, ``path`` is a file or holds other files, a score is
-            neither a number nor a text, or an entry of dW is too large for ``save_dtype``.
+        ValueError: the model carries no edits of that name, ``path`` cannot be saved to (a file, or it holds other
+            files), a score is neither a number nor a text, or an entry of dW is too large for ``save_dtype``.
     """
     layer_name, layer = _only_layer(model)
     if adapter_name not in layer.wisemem_config:
         raise ValueError(
             f"this model has no set of edits called {adapter_name!r}: it has {', '.join(layer.wisemem_config)}."
         )
+    target = check_save_path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _rounded_to(layer.wisemem_config[adapter_name], save_dtype):
+        _write(model, target, layer_name, layer, adapter_name, scores)
+    return Path(path)
+
+
+def check_save_path(path: str | Path) -> Path:
+    """Whether edits can be saved there, to be asked before they are made. Nothing is written.
+
+    Returns:
+        The path in full.
+
+    Raises:
+        ValueError: it is a file, holds other files than saved edits, or lies where no folder can be made.
+    """
     target = Path(path).resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: edits are saved as a folder, so name another path.")
@@ -88,10 +105,12 @@ def save_edits(
             f"{target} holds {foreign[0]!r}, which is not part of saved edits, and a folder is replaced as a whole: "
             "name one of its own for the edits."
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _rounded_to(layer.wisemem_config[adapter_name], save_dtype):
-        _write(model, target, layer_name, layer, adapter_name, scores)
-    return Path(path)
+    # Written beside it and moved into place.
+    above = next(folder for folder in target.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        why = "cannot be written to" if above.is_dir() else "is a file"
+        raise ValueError(f"edits cannot be saved in {target}, since {above} {why}: name another path.")
+    return target
 
 
 @contextmanager
@@ -162,6 +181,12 @@ def load_edits(
         JournalError: likewise, for a journal.
     """
     folder = Path(path)
+    if folder.is_file():
+        raise AdapterFileError(
+            f"{folder} is a file, and saved edits are a folder. Files such as wise.pt are what EasyEdit's own WISE "
+            "saves; they hold pickled objects, which are not loaded here. Make those edits again, or load the file "
+            "with EasyEdit's own WISE (after easyedit_wise.unregister())."
+        )
     if (folder / JOURNAL_FILE).is_file():
         return _load_journal(model, folder, adapter_name, tok, hparams, any_base)
     saved = read_folder(folder)

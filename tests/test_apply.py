@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from easyedit_wise import (
     EditDivergedError,
     RestoreWeights,
     apply_wise_to_model,
+    detach,
     load_edits,
     packaged_hparams,
     save_edits,
@@ -567,3 +569,106 @@ def test_edits_loaded_under_another_name_go_on_under_it(make_model: Any, tok: An
     apply_wise_to_model(fresh, tok, requests(2)[1:], settings(save_path=str(tmp_path / "more")))
     assert sum(memory.n_edits for memory in layer.memories("facts")) == 2
     assert (tmp_path / "more" / "adapter_model.safetensors").exists()
+
+
+# -- the method that saves --------------------------------------------------------------------------
+
+
+def test_an_edited_model_can_always_be_saved(llama: Any, tok: Any, tmp_path: Path) -> None:
+    # EasyEdit's GitHub version calls it where ITS settings have a save_path.
+    _, restore = apply_wise_to_model(llama, tok, requests(1), settings())
+    llama.save(str(tmp_path / "edits"))
+    assert (tmp_path / "edits" / "wise_edits.json").exists()
+    restore()
+    assert not hasattr(llama, "save")
+
+
+def test_detaching_takes_the_method_off(llama: Any, tok: Any) -> None:
+    trace = traces(llama)
+    apply_wise_to_model(llama, tok, requests(1), settings())
+    detach(llama)
+    assert not hasattr(llama, "save")
+    assert traces(llama) == trace
+
+
+def test_a_copied_model_saves_its_own_edits(llama: Any, tok: Any, tmp_path: Path) -> None:
+    apply_wise_to_model(llama, tok, requests(1), settings())
+    copied = copy.deepcopy(llama)
+    apply_wise_to_model(copied, tok, requests(2)[1:], settings())
+    for name, model, n in (("first", llama, 1), ("second", copied, 2)):
+        model.save(str(tmp_path / name))
+        assert len(json.loads((tmp_path / name / "wise_edits.json").read_text())["edits"]) == n
+
+
+def test_a_method_of_the_models_own_stays(llama: Any, tok: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(llama), "save", lambda self, path: "its own", raising=False)
+    _, restore = apply_wise_to_model(llama, tok, requests(1), settings())
+    assert llama.save("anywhere") == "its own"
+    restore()
+
+
+def blocked(folder: Path, how: str) -> Path:
+    (folder / "file").touch()
+    (folder / "other").mkdir()
+    (folder / "other" / "thesis.tex").touch()
+    return {"file": folder / "file", "below": folder / "file" / "edits", "others": folder / "other"}[how]
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [("file", "is a file: edits are saved as a folder"), ("below", "file is a file"), ("others", "holds 'thesis.tex'")],
+)
+def test_where_edits_go_is_checked_before_they_are_made(
+    llama: Any, tok: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, message: str
+) -> None:
+    path, trace = blocked(tmp_path, how), traces(llama)
+    monkeypatch.setattr(stream_module, "train_edit", None)
+    with pytest.raises(ValueError, match=message):
+        apply_wise_to_model(llama, tok, requests(1), settings(save_path=str(path)))
+    assert traces(llama) == trace
+
+
+def test_a_folder_that_cannot_be_written_to(
+    llama: Any, tok: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Root may write everywhere, so the system's answer is given here.
+    monkeypatch.setattr("easyedit_wise.persistence.os.access", lambda *_: False)
+    with pytest.raises(ValueError, match=r"edits cannot be saved in .*, since .* cannot be written to"):
+        apply_wise_to_model(llama, tok, requests(1), settings(save_path=str(tmp_path / "edits")))
+
+
+def test_what_stands_after_a_failure_is_saved(
+    llama: Any, tok: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverge_at(monkeypatch, 3)
+    with pytest.raises(EditDivergedError, match="edit 3"):
+        apply_wise_to_model(llama, tok, requests(4), settings(save_path=str(tmp_path / "edits")))
+    assert len(json.loads((tmp_path / "edits" / "wise_edits.json").read_text())["edits"]) == 2
+    assert hasattr(llama, "save")
+
+
+def test_a_failure_to_save_does_not_hide_the_failure_of_the_edit(
+    llama: Any, tok: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError("no space left on device")
+
+    diverge_at(monkeypatch, 2)
+    monkeypatch.setattr("easyedit_wise.easyedit.saving.save_edits", full)
+    with pytest.raises(EditDivergedError, match="edit 2"):
+        apply_wise_to_model(llama, tok, requests(3), settings(save_path=str(tmp_path / "edits")))
+    assert "could not be saved" in caplog.text
+    assert len(stream_on(llama).held) == 1
+
+
+@pytest.mark.parametrize("loading", ["setting", "function"])
+def test_a_file_of_easyedits_own_wise(llama: Any, tok: Any, tmp_path: Path, loading: str) -> None:
+    path, trace = tmp_path / "wise.pt", traces(llama)
+    torch.save({"config": settings(), "adapter_state_dict": {}}, path)
+    load: dict[str, Callable[[], Any]] = {
+        "setting": lambda: apply_wise_to_model(llama, tok, requests(1), settings(load_path=str(path))),
+        "function": lambda: load_edits(llama, path),
+    }
+    with pytest.raises(ValueError, match=r"wise\.pt is a file, and saved edits are a folder.*Make those edits again"):
+        load[loading]()
+    assert traces(llama) == trace

@@ -22,6 +22,7 @@ from test_registry import apply_wise, clean_modules, write_host  # noqa: F401 - 
 
 from easyedit_wise.easyedit import wheel
 from easyedit_wise.easyedit.hosts import HostFinder, install
+from easyedit_wise.easyedit.registry import unregister
 from easyedit_wise.easyedit.rewriting import StandIn, device_string, rewrite
 from easyedit_wise.easyedit.wheel import find_pruneable_heads_and_indices, is_wheel
 
@@ -42,7 +43,7 @@ WHEEL_EDITOR = """
 
         def edit(self, prompts, keep_original_weight=False, **kwargs):
             requests = self._prepare_requests(prompts, **kwargs)
-            return self.edit_requests(requests, keep_original_weight)
+            return self.edit_requests(requests, **({"keep_original_weight": True} if keep_original_weight else {}))
 
         def _prepare_requests(self, prompts, **kwargs):
             return [{"prompt": prompt} for prompt in prompts]
@@ -56,10 +57,6 @@ WHEEL_EDITOR = """
                 if callable(weights):
                     weights()
             return requests, model, weights
-
-        def batch_edit(self, prompts, keep_original_weight=False, **kwargs):
-            requests = self._prepare_requests(prompts, **kwargs)
-            return self.edit_requests(requests, keep_original_weight)
 """
 
 
@@ -205,8 +202,9 @@ class TestWhichHost:
         assert not wheel.is_bridged(host)
         assert names["DEVICE"] == "cuda:0"
         assert names["LlamaTokenizer"] is None
-        assert not hasattr(names["BaseEditor"].edit, "__wrapped__")
         assert not [name for name in names if name.startswith("_wise")]
+        unregister()
+        assert not hasattr(names["BaseEditor"].edit, "__wrapped__")
 
 
 class TestRewriting:
@@ -360,11 +358,7 @@ class TestBridgedEditor:
         ],
     )
     def test_sequential_edit(self, fake_wheel: ModuleType, arguments: dict[str, bool], expected: int) -> None:
-        for name, given in (
-            ("edit", ["a", "b", "c"]),
-            ("edit_requests", [{}, {}, {}]),
-            ("batch_edit", ["a", "b", "c"]),
-        ):
+        for name, given in (("edit", ["a", "b", "c"]), ("edit_requests", [{}, {}, {}])):
             editor = fake_wheel.BaseEditor(self.add_one)
             _, model, restore = getattr(editor, name)(given, **arguments)
             assert model == {"weight": expected}
@@ -389,6 +383,22 @@ class TestBridgedEditor:
         assert editor.model == {"weight": 2}
         editor.edit(["a"])
         assert editor.model == {"weight": -100}
+
+    @pytest.mark.parametrize("by_position", [True, False])
+    @pytest.mark.parametrize(("keep_original_weight", "expected"), [(False, 2), (True, -100)])
+    def test_the_wheels_own_name_for_it_holds_for_what_is_always_taken_back(
+        self, fake_wheel: ModuleType, keep_original_weight: bool, expected: int, by_position: bool
+    ) -> None:
+        def always(model: dict[str, int], request: Any, keep_original_weight: bool) -> Any:
+            model["weight"] += 1
+            return model, {"weight": -100}
+
+        editor = fake_wheel.BaseEditor(always)
+        if by_position:
+            editor.edit_requests([{}, {}], keep_original_weight)
+        else:
+            editor.edit(["a", "b"], keep_original_weight=keep_original_weight)
+        assert editor.model == {"weight": expected}
 
     def test_an_error_leaves_the_editor_as_it_was(self, fake_wheel: ModuleType) -> None:
         def fails(*args: Any, **kwargs: Any) -> None:
@@ -499,6 +509,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RUN_ALGORITHMS = """
     import contextlib, io, json, sys
+    from pathlib import Path
     import easyedit_wise
     from easyedit_wise.easyedit.hosts import install
     install()
@@ -559,7 +570,10 @@ RUN_ALGORITHMS = """
         report[hparams.alg_name] = found
     # The last editor is WISE's: three facts in batches of two.
     restore()
-    asked, together = [], []
+    others = {"prompt": facts["prompts"][::-1], "ground_truth": facts["target_new"][::-1]}
+    inputs = {"locality_inputs": {"near": others}, "portability_inputs": {"hop": others}}
+    easyedit_wise.detach(editor.model)
+    asked = []
     apply_algo = editor.apply_algo
 
     def spy(model, tok, requests, hparams, **kwargs):
@@ -570,15 +584,63 @@ RUN_ALGORITHMS = """
     hparams.batch_size = 2
     with contextlib.redirect_stdout(io.StringIO()):
         metrics, model, restore = editor.batch_edit(
-            **facts, loc_prompts="nobody asked",
+            **facts, **inputs, loc_prompts="nobody asked", rephrase_prompts=facts["prompts"],
             sequential_edit=True, verbose=False,
         )
     (layer,) = [module for module in model.modules() if hasattr(module, "edit_stream")]
     report["batch"] = {
         "asked": asked,
         "held": [held.request.prompt for held in layer.edit_stream.held],
+        "before": [float(metric["pre"]["rewrite_acc"][0]) for metric in metrics],
         "rewrite": [float(metric["post"]["rewrite_acc"][0]) for metric in metrics],
+        "scored": [
+            sorted({**metric["post"], **metric["post"]["locality"], **metric["post"]["portability"]})
+            for metric in metrics
+        ],
     }
+    restore()
+    report["batch"]["restored"] = [held.request.prompt for held in layer.edit_stream.held]
+
+    from easyeditor import CounterFactDataset
+
+    records = [
+        {"prompt": prompt, "target_new": target, "ground_truth": "x", "case_id": number}
+        for number, (prompt, target) in enumerate(zip(facts["prompts"], facts["target_new"]), 10)
+    ]
+    Path("records.json").write_text(json.dumps(records))
+    editor.apply_algo = apply_algo
+    easyedit_wise.detach(editor.model)
+    with contextlib.redirect_stdout(io.StringIO()):
+        metrics, _, _ = editor.edit_dataset(CounterFactDataset("records.json"), verbose=False, sequential_edit=True)
+    report["data set"] = [(metric["case_id"], float(metric["post"]["rewrite_acc"][0])) for metric in metrics]
+
+    # README's script, in a folder of its own; saved once, and what was made before an interrupt.
+    from easyedit_wise.easyedit import saving
+
+    hparams = WISEHyperParams.from_hparams("smollm2-135m")
+    hparams.model_name, hparams.inner_params = model_name, ["model.layers[1].mlp.down_proj.weight"]
+    hparams.save_path = "edits"
+    written, save_edits = [], saving.save_edits
+    saving.save_edits = lambda model, path, *rest: (written.append(path), save_edits(model, path, *rest))
+
+    def saved(path):
+        return [edit["prompt"] for edit in json.loads(Path(path, "wise_edits.json").read_text())["edits"]]
+
+    editor = BaseEditor.from_hparams(hparams)
+    with contextlib.redirect_stdout(io.StringIO()):
+        editor.edit(prompts=facts["prompts"], target_new=facts["target_new"], sequential_edit=True, verbose=False)
+    report["saved"] = {"once": list(written), "edits": saved("edits")}
+    easyedit_wise.detach(editor.model)
+    hparams.save_path = "some"
+    with contextlib.redirect_stdout(io.StringIO()):
+        try:
+            editor.edit(
+                prompts=facts["prompts"], target_new=[*facts["target_new"][:2], " "], sequential_edit=True,
+                verbose=False,
+            )
+        except ValueError as error:
+            report["saved"]["error"] = str(error)
+    report["saved"]["before a failure"] = saved("some")
     print(json.dumps(report))
 """
 
@@ -614,8 +676,22 @@ class TestRealWheel:
     def test_batch_edit(self, wheel_report: dict[str, Any]) -> None:
         batch, prompts = wheel_report["batch"], FACTS["prompts"]
         assert batch["asked"] == [prompts[:2], prompts[2:]]
-        assert batch["held"][-3:] == prompts
-        assert batch["rewrite"] == [1.0]  # the wheel reports the last batch only
+        assert batch["held"] == prompts
+        # Of every batch, before it is made and after.
+        assert batch["before"] == [0.0, 0.0, 0.0]
+        assert batch["rewrite"] == [1.0, 1.0, 1.0]
+        assert all({"near_acc", "hop_acc", "rephrase_acc"} <= set(scored) for scored in batch["scored"])
+        assert batch["restored"] == prompts[:2]
+
+    def test_edit_dataset(self, wheel_report: dict[str, Any]) -> None:
+        assert wheel_report["data set"] == [[10, 1.0], [11, 1.0], [12, 1.0]]
+
+    def test_readmes_script_saves_once(self, wheel_report: dict[str, Any]) -> None:
+        saved, prompts = wheel_report["saved"], FACTS["prompts"]
+        assert saved["once"] == ["edits"]
+        assert saved["edits"] == prompts
+        assert "target_new" in saved["error"]
+        assert saved["before a failure"] == prompts[:2]
 
     def test_loc_prompts_reach_the_requests(self, wheel_report: dict[str, Any]) -> None:
         for found in (wheel_report[algorithm] for algorithm in ("FT", "ROME", "WISE")):

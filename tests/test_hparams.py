@@ -420,3 +420,95 @@ def test_to_dict_is_plain_and_comes_back(device: Any) -> None:
     )
     again = WISEHyperParams.from_dict(json.loads(json.dumps(hparams.to_dict())))
     assert again == dataclasses.replace(hparams, device=device if not isinstance(device, torch.device) else "cpu")
+
+
+# -- what somebody sets on an object later --------------------------------------------------------
+
+
+def test_a_preset_cannot_be_assigned_later() -> None:
+    hparams = WISEHyperParams.from_dict(valid())
+    with pytest.raises(
+        ValueError, match=r"preset 'default' was assigned to settings that are made already.*from_preset"
+    ):
+        hparams.preset = "default"
+    assert not hasattr(hparams, "preset")
+
+
+def test_act_margin_can() -> None:
+    hparams = WISEHyperParams.from_dict(valid())
+    hparams.act_margin = [1, 7, 3]
+    assert (hparams.alpha, hparams.beta, hparams.gamma) == (1.0, 7.0, 3.0)
+    assert hparams.act_margin == [1.0, 7.0, 3.0]
+    with pytest.raises(ValueError, match="act_margin is 3: it must be three numbers"):
+        hparams.act_margin = 3  # type: ignore[assignment]
+
+
+def foreign(**attributes: Any) -> Any:
+    host = HostSettings(["model.layers[1].mlp.down_proj.weight"])
+    vars(host).update(attributes)
+    return host
+
+
+def ours(**attributes: Any) -> Any:
+    hparams = WISEHyperParams.from_dict(valid())
+    vars(hparams).update(attributes)
+    return hparams
+
+
+OBJECTS = pytest.mark.parametrize("make", [foreign, ours], ids=["host's", "ours"])
+
+
+@OBJECTS
+@pytest.mark.parametrize("name", ["n_iters", "optimiser", "save_paths", "evaluation_types"])
+def test_a_slip_is_an_error(make: Any, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"attribute '{name}', which is no WISE setting: did you mean '"):
+        WISEHyperParams.from_any(make(**{name: 1}))
+
+
+@OBJECTS
+def test_what_nobody_knows_is_said_to_have_no_effect(make: Any) -> None:
+    with pytest.warns(
+        UserWarning, match="attribute 'temperature', which is neither a WISE setting nor one that EasyEdit"
+    ):
+        WISEHyperParams.from_any(make(temperature=0.7))
+
+
+@OBJECTS
+def test_what_easyedit_sets_or_reads_passes(make: Any, recwarn: pytest.WarningsRecorder) -> None:
+    host_names = {"evaluation_type": "LLM-judge", "api_key": "k", "sequential_edit": True, "hidden_act": "silu"}
+    WISEHyperParams.from_any(make(**host_names, _simie_instance=None, exact_match=True, dtype=torch.float16))
+    assert not recwarn.list
+
+
+def test_our_settings_hold_on_a_foreign_object() -> None:
+    hparams = WISEHyperParams.from_any(foreign(journal="j", optimizer="adam", act_margin=[1.0, 3.0, 2.0], seed=7))
+    assert (hparams.journal, hparams.optimizer, hparams.seed) == ("j", "adam", 7)
+    assert hparams.act_margin == [1.0, 3.0, 2.0]
+
+
+def test_a_preset_in_the_hosts_terms_holds_on_a_foreign_object() -> None:
+    hparams = WISEHyperParams.from_any(foreign(preset="upstream"))
+    assert (hparams.padding_counts, hparams.edit_lr) == (True, 0.9)  # the preset's, and the object's own
+
+
+@pytest.mark.parametrize("preset", ["default", "margin"])
+def test_a_preset_that_its_values_contradict_is_refused(preset: str) -> None:
+    with pytest.raises(ValueError, match=rf"preset '{preset}' was set on a HostSettings.*contradict.*from_preset"):
+        WISEHyperParams.from_any(foreign(preset=preset))
+
+
+def test_a_preset_beside_units_is_meant() -> None:
+    hparams = WISEHyperParams.from_any(foreign(preset="margin", layer_units=True))
+    assert (hparams.optimizer, hparams.edit_lr) == ("lion", 0.9)
+
+
+@pytest.mark.parametrize("key", ["name", "dtype", "qformer_checkpoint"])
+def test_a_multimodal_file(key: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{key}' is a setting of EasyEdit's multimodal WISE"):
+        WISEHyperParams.from_dict(valid(sequential_edit=False, **{key: "."}))
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma-3-270m"])
+def test_our_own_files_leave_the_device_to_the_host(name: str) -> None:
+    # EasyEdit's GitHub version takes 0 for a GPU, also where there is none; without a name it looks.
+    assert WISEHyperParams.from_hparams(name).device is None

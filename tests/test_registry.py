@@ -14,10 +14,14 @@ import pytest
 
 from easyedit_wise.easyedit.registry import register, unregister
 
-ALG_DICT = """
+ALG_DICT = """%s
     def apply_ft_to_model(*args, **kwargs): ...
     def apply_host_wise_to_model(*args, **kwargs): ...
     ALG_DICT = {"FT": apply_ft_to_model%s}
+"""
+OWN_SETTINGS = """
+    class WISEHyperParams:
+        pass
 """
 BATCH_EDITOR = """
     from enum import Enum
@@ -44,12 +48,19 @@ def write_host(root: Path, *, own_wise: bool, current: bool) -> None:
     files = {
         "__init__.py": "from .editors import *\nfrom .models import *\n",
         "util/__init__.py": "",
-        "util/alg_dict.py": ALG_DICT % (', "WISE": apply_host_wise_to_model' if own_wise else ""),
+        "util/alg_dict.py": ALG_DICT
+        % (
+            "\n    from ..models.wise import WISEHyperParams" if own_wise else "",
+            ', "WISE": apply_host_wise_to_model' if own_wise else "",
+        ),
         "editors/__init__.py": "from .editor import *\n",
         "editors/batch_editor.py": BATCH_EDITOR,
         "editors/editor.py": EDITOR,
-        "models/__init__.py": 'WISEHyperParams = "the host\'s own"\n' if own_wise else "",
+        "models/__init__.py": "from .wise import *\n" if own_wise else "",
     }
+    if own_wise:
+        files["models/wise/__init__.py"] = "from .wise_hparams import WISEHyperParams\n"
+        files["models/wise/wise_hparams.py"] = OWN_SETTINGS
     if current:
         files["util/device.py"] = ""
         files["editors/utils.py"] = 'CALLABLE_RESTORE_ALGS = {"KN"}\n'
@@ -145,13 +156,63 @@ def test_names_are_exported_where_the_host_has_none(
         assert module.__dict__["apply_wise_to_model"] is apply_wise
 
 
-def test_names_of_the_host_stay(make_host: Callable[..., ModuleType], apply_wise: Callable[..., Any]) -> None:
-    make_host(own_wise=True)
+def test_a_script_that_imports_from_the_host_gets_ours(
+    make_host: Callable[..., ModuleType], apply_wise: Callable[..., Any]
+) -> None:
+    from easyedit_wise.hparams import WISEHyperParams
+
+    editor = make_host(own_wise=True)
+    for _ in range(2):
+        register()
+        for name in ("easyeditor", "easyeditor.models", "easyeditor.models.wise", "easyeditor.util.alg_dict"):
+            assert sys.modules[name].__dict__["WISEHyperParams"] is WISEHyperParams, name
+        assert editor.WISEHyperParams is WISEHyperParams  # star-imported from the registry
+        assert sys.modules["easyeditor"].__dict__["apply_wise_to_model"] is apply_wise
+        # Where the host defines it, its own stays, for whoever wants that one.
+        home = sys.modules["easyeditor.models.wise.wise_hparams"].__dict__["WISEHyperParams"]
+        assert home.__module__ == "easyeditor.models.wise.wise_hparams"
+        unregister()
+        for name in ("easyeditor", "easyeditor.models", "easyeditor.models.wise", "easyeditor.util.alg_dict"):
+            assert sys.modules[name].__dict__["WISEHyperParams"] is home, name
+        assert not hasattr(sys.modules["easyeditor"], "apply_wise_to_model")
+
+
+SIMIE = """
+    class SimIEHyperParams:
+        @staticmethod
+        def _get_base_hparams_class(base_method):
+            return base_method
+"""
+
+
+def test_simie_over_wise_is_refused_when_its_settings_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clean_modules: None, apply_wise: Callable[..., Any]
+) -> None:
+    write_host(tmp_path, own_wise=True, current=True)
+    simie = tmp_path / "easyeditor" / "models" / "simie"
+    simie.mkdir()
+    (simie / "__init__.py").write_text("from .simie_hparams import SimIEHyperParams\n")
+    (simie / "simie_hparams.py").write_text(textwrap.dedent(SIMIE))
+    (tmp_path / "easyeditor" / "models" / "__init__.py").write_text("from .wise import *\nfrom .simie import *\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    host = importlib.import_module("easyeditor")
     register()
+    choose = host.SimIEHyperParams._get_base_hparams_class
+    assert choose("ROME") == "ROME"
+    with pytest.raises(ValueError, match="SimIE over base_method 'WISE' is not possible"):
+        choose("WISE")
     unregister()
+    assert host.SimIEHyperParams._get_base_hparams_class("WISE") == "WISE"
+
+
+def test_an_entry_that_somebody_set_later_stays(
+    make_host: Callable[..., ModuleType], apply_wise: Callable[..., Any]
+) -> None:
+    editor = make_host(own_wise=True)
     register()
-    assert sys.modules["easyeditor"].__dict__["WISEHyperParams"] == "the host's own"
-    assert sys.modules["easyeditor"].__dict__["apply_wise_to_model"] is apply_wise
+    editor.ALG_DICT["FT"] = print
+    unregister()
+    assert editor.algorithm("FT") is print
 
 
 def test_a_host_that_lists_wise_keeps_listing_it_after_unregister(

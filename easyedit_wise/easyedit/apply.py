@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy as copy_module
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,11 @@ from ..editing.stream import EditStream
 from ..hparams import WISEHyperParams
 from ..journal.calls import apply_edits, close_journal, journaled
 from ..journal.recording import JournalSink
-from ..persistence import load_edits, save_edits
+from ..persistence import check_save_path, load_edits
 from ..tuner.attach import attach, check_layer, detach
 from ..tuner.config import WiseConfig
 from ..tuner.model import find_wise_layers
+from .saving import lend_save, saver_of
 
 LOG = logging.getLogger(__name__)
 
@@ -71,6 +71,7 @@ def apply_wise_to_model(
     copy: bool = False,
     return_orig_weights: bool = False,
     keep_original_weight: bool = False,
+    save: bool = True,
     **kwargs: Any,
 ) -> tuple[nn.Module, RestoreWeights]:
     """Edit a model with WISE, one request after the other.
@@ -87,14 +88,17 @@ def apply_wise_to_model(
         copy: edit a deep copy and leave ``model`` alone.
         return_orig_weights: part of EasyEdit's contract; the restore object is always returned.
         keep_original_weight: likewise.
+        save: whether the edits are written to the setting ``save_path`` before this returns. EasyEdit's editors, which
+            call this once for each request, have them written when their own call is over. After a failure, too.
         **kwargs: what EasyEdit passes to other algorithms; not used.
 
     Returns:
-        (the edited model, an object that restores it: call it, or walk through its ``.items()``).
+        (the edited model, an object that restores it: call it, or walk through its ``.items()``). Until it is
+        restored, the model has a method ``save(path)``, which EasyEdit's GitHub version calls.
 
     Raises:
-        ValueError: a request, a setting or the layer does not fit, or the model carries another PEFT
-            method; the model is as before.
+        ValueError: a request, a setting or the layer does not fit, ``save_path`` cannot be saved to, or the model
+            carries another PEFT method; the model is as before.
         EditDivergedError: an edit's loss became NaN or infinite; that edit was taken back, the ones
             before it stand.
     """
@@ -103,6 +107,8 @@ def apply_wise_to_model(
         requests = [requests]
     edits = [EditRequest.from_easyedit(request, settings.target_separator) for request in requests]
     check_layer(model, settings.inner_params[0])
+    if settings.save_path:
+        check_save_path(settings.save_path)
     if copy:
         model = copy_module.deepcopy(model)
     fresh = not find_wise_layers(model)
@@ -119,14 +125,17 @@ def apply_wise_to_model(
 
             apply_edits(stream, edits, on_edit=committed)
     except BaseException:
-        if fresh and not n_made:
+        if n_made:
+            saver = lend_save(model, stream.adapter_name)
+            if save and settings.save_path:
+                saver.after_a_failure(settings.save_path)
+        elif fresh:
             close_journal(model)
             detach(model)  # not one edit was made: leave no trace, of loaded edits neither
         raise
-    if settings.save_path:
-        save_edits(model, settings.save_path, stream.adapter_name)
-        # EasyEdit's GitHub version calls edited_model.save(path) where a save_path is set.
-        model.__dict__.setdefault("save", partial(_save, model, stream.adapter_name))
+    saver = lend_save(model, stream.adapter_name)
+    if save and settings.save_path:
+        saver(settings.save_path)
     return model, RestoreWeights(lambda: _restore(model, stream, before, fresh))
 
 
@@ -191,10 +200,6 @@ def wise_config(model: nn.Module, module_name: str, hparams: WISEHyperParams) ->
     )
 
 
-def _save(model: nn.Module, adapter_name: str, path: str) -> None:
-    save_edits(model, path, adapter_name)
-
-
 def _restore(model: nn.Module, stream: EditStream, before: Snapshot, fresh: bool) -> None:
     sink = stream.sink if isinstance(stream.sink, JournalSink) and not stream.sink.journal.database.closed else None
     if sink is not None or not fresh:
@@ -204,5 +209,5 @@ def _restore(model: nn.Module, stream: EditStream, before: Snapshot, fresh: bool
     if fresh:
         close_journal(model)
         detach(model)
-        if getattr(model.__dict__.get("save"), "func", None) is _save:
-            del model.__dict__["save"]
+    elif saver_of(model) is not None:
+        lend_save(model, stream.adapter_name)  # what stands now is saved nowhere

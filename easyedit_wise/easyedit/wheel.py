@@ -7,7 +7,8 @@ the vision models. What keeps it from editing text today is put right while it i
 - three helpers are back in ``transformers.modeling_utils``;
 - ``f"cuda:{device}"`` takes any device, also the CPU;
 - ``BaseEditor`` reads a Llama tokenizer as transformers 5 means it, and knows ``loc_prompts`` and
-  ``sequential_edit``, as EasyEdit's current code does.
+  ``sequential_edit``, as EasyEdit's current code does; ``batch_edit`` and ``edit_dataset`` are ours
+  (``wheel_batches``).
 
 No file of the wheel is changed, and no other EasyEdit is touched.
 """
@@ -27,6 +28,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from .wheel_batches import batch_edit, edit_dataset
 
 WHEEL_VERSION = "0.0.1.dev0"
 _BRIDGED = "_easyedit_wise_bridged"
@@ -75,8 +78,7 @@ def complete() -> None:
     editor._prepare_requests = _with_loc_prompts(editor._prepare_requests)
     editor.edit = _with_sequential_edit(editor.edit)
     editor.edit_requests = _with_sequential_edit(editor.edit_requests)
-    # The wheel takes "pre" of a batch after its restore: in a sequence that is after the edits.
-    editor.batch_edit = _with_sequential_edit(editor.batch_edit)
+    editor.batch_edit, editor.edit_dataset = batch_edit, edit_dataset
     module.__dict__["LlamaTokenizer"] = _llama_tokenizer()
 
 
@@ -170,16 +172,19 @@ def _with_loc_prompts(prepare_requests: Callable[..., list[dict[str, Any]]]) -> 
 def _with_sequential_edit(edit: Callable[..., Any]) -> Callable[..., Any]:
     """Give ``edit`` the argument ``sequential_edit`` of EasyEdit's current code.
 
-    True: no edit is taken back. False: every edit is taken back before the next one. Left out, the
-    wheel's own ``keep_original_weight`` decides, for which FT and ROME accumulate by default.
+    True: no edit is taken back. False: every edit is taken back before the next one. Left out, the wheel's own
+    ``keep_original_weight`` says the opposite. Where neither is given, the algorithm decides: FT and ROME accumulate,
+    WISE is taken back, as at EasyEdit's current code.
     """
     signature = inspect.signature(edit)
 
     @functools.wraps(edit)
     def edit_in_order(editor: Any, *args: Any, sequential_edit: bool | None = None, **kwargs: Any) -> Any:
-        if sequential_edit is None:
-            return edit(editor, *args, **kwargs)
         call = signature.bind(editor, *args, **kwargs)
+        if sequential_edit is None:
+            if "keep_original_weight" not in call.arguments:
+                return edit(editor, *args, **kwargs)
+            sequential_edit = not call.arguments["keep_original_weight"]
         call.arguments["keep_original_weight"] = not sequential_edit
         if not sequential_edit:
             return edit(*call.args, **call.kwargs)

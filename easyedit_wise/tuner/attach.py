@@ -6,6 +6,7 @@ import copy
 import difflib
 import re
 import warnings
+from typing import Any
 
 from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -19,6 +20,7 @@ from .native_loading import remove_loading
 from .registration import register_with_peft
 
 _TRAINABLE = "_wise_trainable_before"
+_LENT = "_wise_lent"
 _TRANSFORMERS_FLAG = "_hf_peft_config_loaded"
 
 
@@ -145,6 +147,12 @@ def _inject(model: nn.Module, config: WiseConfig, adapter_name: str, fresh: bool
         model.__dict__[_TRANSFORMERS_FLAG] = True
 
 
+def lend(model: nn.Module, name: str, value: Any) -> None:
+    """Give a model that carries edits one more attribute, which :func:`detach` takes off with them."""
+    model.__dict__[name] = value
+    model.__dict__.setdefault(_LENT, set()).add(name)
+
+
 def detach(model: nn.Module) -> None:
     """Take every WISE layer off: the very modules, hooks and trainability from before :func:`attach`.
 
@@ -161,5 +169,7 @@ def detach(model: nn.Module) -> None:
     if isinstance(getattr(model, "peft_config", None), dict):
         del model.peft_config
     model.__dict__.pop(_TRANSFORMERS_FLAG, None)
+    for name in model.__dict__.pop(_LENT, ()):
+        model.__dict__.pop(name, None)
     for name in model.__dict__.pop(_TRAINABLE, []):
         model.get_parameter(name).requires_grad_(True)
