@@ -55,8 +55,8 @@ def check_inner_params(inner_params: Any) -> None:
     """Raise ValueError unless it is a list of exactly one name."""
     if isinstance(inner_params, str) or not isinstance(inner_params, (list, tuple)) or not inner_params:
         raise ValueError(
-            f"inner_params is {inner_params!r}: it must be a list with the one value matrix to edit, "
-            "for instance [model.layers[27].mlp.down_proj.weight]."
+            f"inner_params is {inner_params!r}: it must be a list with the one value matrix to edit, for instance "
+            "[model.layers[27].mlp.down_proj.weight], or be left out: then it is chosen by the model's architecture."
         )
     if len(inner_params) > 1:
         raise ValueError(

@@ -50,7 +50,9 @@ def demo(
 def edit(
     requests: Annotated[Path, typer.Argument(help="JSON: a list of {prompt, target_new[, subject, loc_prompt]}.")],
     model: Annotated[str, typer.Option(help="Path or name of a causal language model.")],
-    hparams: Annotated[str, typer.Option(help="A YAML file, or a packaged name such as llama-7b.")],
+    hparams: Annotated[
+        str | None, typer.Option(help="A YAML file, or a packaged name such as llama-7b; default: chosen by the model.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder that the edits are saved into.")] = None,
     journal: Annotated[
         Path | None, typer.Option(help="Folder of a journal: every edit is kept when it is made.")

@@ -38,8 +38,10 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
     """
 
     # What to edit
-    inner_params: list[str]
-    """Exactly one value matrix, e.g. ``model.layers[27].mlp.down_proj.weight``."""
+    inner_params: list[str] | None = None
+    """Exactly one value matrix, e.g. ``model.layers[27].mlp.down_proj.weight``. None: the one that the model carries
+    edits in; in one without edits its architecture's, in the layer at four fifths of the depth, and the log says which
+    (``tuner.value_matrices``)."""
     model_name: str = ""
     alg_name: str = "WISE"
     device: Any = None
@@ -189,12 +191,12 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
         )
 
     @classmethod
-    def from_preset(cls, preset: str, inner_params: Sequence[str], **changes: Any) -> WISEHyperParams:
+    def from_preset(cls, preset: str, inner_params: Sequence[str] | None = None, **changes: Any) -> WISEHyperParams:
         """The settings of a preset: "default", "margin", "paper", or "upstream" (EasyEdit's code).
 
         Args:
             preset: its name.
-            inner_params: the value matrix to edit.
+            inner_params: the value matrix to edit; None: chosen by the model's architecture.
             **changes: settings that override the preset's, EasyEdit's ``act_margin`` among them.
 
         Raises:
@@ -228,11 +230,6 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
             raise ValueError(
                 f"unknown WISE setting {unknown[0]!r}{nearest(str(unknown[0]), (*known, *COMPOUND))} "
                 f"Known settings: {', '.join(sorted({*known, *COMPOUND}))}."
-            )
-        if "inner_params" not in values:
-            raise ValueError(
-                "inner_params is missing: name the value matrix to edit, "
-                "for instance inner_params: [model.layers[27].mlp.down_proj.weight]."
             )
         return cls(**{**preset, **values})
 

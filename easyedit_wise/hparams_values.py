@@ -41,7 +41,8 @@ def check_values(hparams: WISEHyperParams) -> None:
     Raises:
         ValueError: naming the first value that does not fit, the limit and the cure.
     """
-    check_inner_params(hparams.inner_params)
+    if hparams.inner_params is not None:
+        check_inner_params(hparams.inner_params)
     if hparams.alg_name != "WISE":
         raise ValueError(f"alg_name is {hparams.alg_name!r}: these settings are WISE's, so it must be 'WISE'.")
     check_share(

@@ -198,7 +198,7 @@ base = model.unload()
 def _settings(hparams: WISEHyperParams | None) -> Iterable[str]:
     if hparams is None:
         return
-    defaults = WISEHyperParams(inner_params=list(hparams.inner_params)).to_dict()
+    defaults = WISEHyperParams(inner_params=hparams.inner_params).to_dict()
     rows = [(name, value, defaults[name]) for name, value in hparams.changes().items()]
     yield "## Settings"
     if not rows:

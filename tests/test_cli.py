@@ -97,6 +97,16 @@ def test_edit_saves_what_apply_makes(files: Files, checkpoint: Path, tok: Any) -
     assert record["settings"]["model_name"] == str(checkpoint)
 
 
+def test_edit_needs_no_settings(files: Files, checkpoint: Path) -> None:
+    files.requests.write_text(json.dumps(requests(1)), encoding="utf-8")
+    result = run("edit", str(files.requests), "--model", str(checkpoint), "--out", str(files.out))
+    assert result.exit_code == 0, result.output
+    layer = "model.layers.2.mlp.down_proj"  # of layers 0 to 2
+    assert f"They are in {layer}, by the model's architecture" in result.stdout
+    record = json.loads((files.out / "wise_edits.json").read_text(encoding="utf-8"))
+    assert (record["layer"], record["settings"]["inner_params"]) == (layer, ["model.layers[2].mlp.down_proj.weight"])
+
+
 def test_a_run_replaces_what_an_earlier_one_saved(files: Files, checkpoint: Path) -> None:
     assert run(*files.arguments(checkpoint)).exit_code == 0
     files.requests.write_text(json.dumps(requests(1)), encoding="utf-8")

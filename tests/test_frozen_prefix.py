@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, UserDict
 from types import SimpleNamespace
 from typing import Any
 
@@ -285,6 +285,31 @@ class Containers(Toy):
         return self.layer(self.up(rest.pop("a")).relu()) + two
 
 
+class Remembers(nn.Module):
+    """Leaves what it computes in mappings that it is handed, by position and by name, for a later module."""
+
+    def forward(self, h: Tensor, seen: dict[str, Any], latest: UserDict[str, Any]) -> Tensor:
+        seen["twice"], latest["all"] = h * 2, (h * 3, [h * 5])
+        return h + 1
+
+
+class Handing(Toy):
+    """A module behind the layer reads what one before it left in a mapping, as in Gemma 3n, and goes on in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.remembers = Remembers()
+
+    def body(self, h: Tensor) -> Tensor:
+        seen: dict[str, Any] = {"before": h}
+        latest: UserDict[str, Any] = UserDict(all=0)
+        h = self.remembers(h, seen, latest=latest)
+        h = h + self.layer(self.up(h).relu())
+        three, (five,) = latest["all"]
+        three += seen["twice"] + seen["before"]
+        return h + three * five
+
+
 class NoProjection(Toy):
     """The head is named as the projection, but its weight is used without calling it."""
 
@@ -304,7 +329,9 @@ TOKENS = {"input_ids": torch.arange(15).reshape(3, 5)}
 
 
 @pytest.mark.parametrize(
-    "kind", [Toy, Shared, Repeated, InPlace, Keyword, Containers, NoProjection, FlatTokens], ids=lambda k: k.__name__
+    "kind",
+    [Toy, Shared, Repeated, InPlace, Keyword, Containers, Handing, NoProjection, FlatTokens],
+    ids=lambda k: k.__name__,
 )
 def test_unusual_models(kind: type[Toy]) -> None:
     model = kind()
@@ -422,8 +449,8 @@ def test_a_recording_grows_with_what_is_read_not_with_the_layers_before(make_mod
         prefix = FrozenPrefix.record(model, layer, inputs_for(tok))
         storages = {
             value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-            for _, outputs in prefix._answers
-            for output in outputs
+            for _, answers in prefix._answers
+            for output in (answer.output for answer in answers)
             for value in (output if isinstance(output, tuple) else (output,))
             if isinstance(value, Tensor)
         }

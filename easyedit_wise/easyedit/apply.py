@@ -16,11 +16,14 @@ from ..editing.requests import EditRequest
 from ..editing.stream import EditStream
 from ..hparams import WISEHyperParams
 from ..journal.calls import apply_edits, close_journal, journaled
+from ..journal.database import JOURNAL_FILE
+from ..journal.journal import Journal
 from ..journal.recording import JournalSink
 from ..persistence import check_save_path, load_edits
 from ..tuner.attach import attach, check_layer, detach
 from ..tuner.config import WiseConfig
 from ..tuner.model import find_wise_layers
+from ..tuner.value_matrices import value_matrix_of
 from .saving import lend_save, saver_of
 
 LOG = logging.getLogger(__name__)
@@ -106,7 +109,8 @@ def apply_wise_to_model(
     if isinstance(requests, Mapping):
         requests = [requests]
     edits = [EditRequest.from_easyedit(request, settings.target_separator) for request in requests]
-    check_layer(model, settings.inner_params[0])
+    if settings.inner_params is not None:
+        check_layer(model, settings.inner_params[0])
     if settings.save_path:
         check_save_path(settings.save_path)
     if copy:
@@ -146,12 +150,14 @@ def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStrea
         ValueError: the layer does not fit, differs from the one that is wrapped already, or the
             model carries another PEFT method.
     """
-    name = check_layer(model, hparams.inner_params[0])
+    name = None if hparams.inner_params is None else check_layer(model, hparams.inner_params[0])
     hparams = hparams.for_model(model)
     layers = find_wise_layers(model)
     if not layers and hparams.load_path and Path(hparams.load_path).exists():
         load_edits(model, hparams.load_path, tok=tok, hparams=hparams)
         layers = find_wise_layers(model)
+    if name is None:
+        name = next(iter(layers), None) or _chosen_layer(model, hparams)
     if layers and name not in layers:
         raise ValueError(
             f"this model's edits are in {next(iter(layers))}, but inner_params names {name}: a stream of edits stays "
@@ -173,6 +179,16 @@ def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStrea
         stream = journaled(stream, hparams.journal, name)
         _check_routing_kept(stream.layer.wisemem_config[stream.adapter_name], hparams)
     return stream
+
+
+def _chosen_layer(model: nn.Module, hparams: WISEHyperParams) -> str:
+    """The layer of a model without edits, where the settings name none: its journal's, or its architecture's."""
+    if hparams.journal and (Path(hparams.journal) / JOURNAL_FILE).is_file():
+        with Journal(hparams.journal) as journal:
+            facts = journal.facts()
+        if facts is not None:
+            return check_layer(model, facts.layer)
+    return check_layer(model, value_matrix_of(model))
 
 
 def _check_routing_kept(config: WiseConfig, hparams: WISEHyperParams) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .replay import as_sequences, copied, first_argument, replay
+from .answers import copied
+from .replay import Answers, as_sequences, first_argument, replay
 from .replay_plan import ReplayPlan
 
 
@@ -35,7 +36,7 @@ class FrozenPrefix:
         self,
         plan: ReplayPlan,
         inputs: Mapping[str, Any],
-        answers: list[tuple[nn.Module, list[Any]]],
+        answers: Answers,
         layer_input: Tensor,
         layer_output: Tensor,
     ) -> None:
@@ -65,18 +66,9 @@ class FrozenPrefix:
             ValueError: the forward does not reach ``layer``, or reaches it more than once.
         """
         plan = plan or ReplayPlan.of(model, layer, inputs)
-        kept: dict[int, list[Any]] = {id(module): [] for module in plan.modules}
-
-        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            kept[id(module)].append(plan.answer(module, output))
-
-        handles = [module.register_forward_hook(keep) for module in plan.modules]
-        try:
+        with plan.recording() as answers:
             layer_input, layer_output = _run_to(model, layer, inputs, through=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return cls(plan, inputs, [(m, kept[id(m)]) for m in plan.modules], layer_input, layer_output)
+        return cls(plan, inputs, answers, layer_input, layer_output)
 
     def take_layer_input(self) -> Tensor:
         """The layer's input, for the last time: replays do not need it, so the recording lets it go.

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from .answers import Answer
+
 _ABSENT = object()
 
-Answers = Sequence[tuple[nn.Module, Sequence[Any]]]
+Answers = Sequence[tuple[nn.Module, Sequence[Answer]]]
 
 
 def replay(
@@ -26,7 +28,7 @@ def replay(
     Args:
         model: the whole model; its module tree is as before afterwards, also after an exception.
         inputs: keyword arguments of its forward.
-        answers: modules, each with its outputs in the order of its calls.
+        answers: modules, each with what it gave in the order of its calls.
         layer: the module whose output is replaced.
         layer_output: its output, in the shape that the model expects.
         positions: (rows, columns), each of shape (N,): compute the logits only there.
@@ -54,54 +56,18 @@ def as_sequences(values: Tensor, inputs: Mapping[str, Any]) -> Tensor:
     return values
 
 
-def copied(output: Any) -> Any:
-    """The same output with tensors of its own: a tensor, a tuple, a list, or a mapping such as a ModelOutput."""
-    return _mapped(output, lambda value: value if _is_stand_in(value) else value.detach().clone())
-
-
-def stood_in(output: Any) -> Any:
-    """The same output with nothing in it: floating tensors become one NaN in the tensor's shape.
-
-    If later code reads it after all, its results are NaN, and if it writes to it, torch raises.
-    """
-    return _mapped(
-        output,
-        lambda value: (
-            value.new_full((), float("nan")).expand(value.shape) if value.is_floating_point() else value.clone()
-        ),
-    )
-
-
-def _is_stand_in(value: Tensor) -> bool:
-    return value.dim() > 0 and not any(value.stride()) and value.numel() > 1
-
-
-def _mapped(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(output, Tensor):
-        return change(output)
-    if isinstance(output, tuple) and hasattr(output, "_fields"):
-        return type(output)(*(_mapped(value, change) for value in output))
-    if isinstance(output, (tuple, list)):
-        return type(output)(_mapped(value, change) for value in output)
-    if isinstance(output, dict):
-        copies = {key: _mapped(value, change) for key, value in output.items()}
-        return copies if type(output) is dict else type(output)(**copies)
-    return output
-
-
 @contextmanager
 def _answering(answers: Answers, layer: nn.Module, layer_output: Tensor) -> Iterator[None]:
     saved: list[tuple[nn.Module, Any]] = []
 
-    def answer(module: nn.Module, outputs: Sequence[Any]) -> None:
-        remaining = iter(outputs)
+    def answer(module: nn.Module, given: Sequence[Answer]) -> None:
+        remaining = iter(given)
         saved.append((module, module.__dict__.get("forward", _ABSENT)))
-        # A copy, because the model's own code may go on in place (hidden_states += residual).
-        module.__dict__["forward"] = lambda *args, **kwargs: copied(next(remaining))
+        module.__dict__["forward"] = lambda *args, **kwargs: next(remaining).again(args, kwargs)
 
     try:
-        for module, outputs in answers:
-            answer(module, outputs)
+        for module, given in answers:
+            answer(module, given)
         saved.append((layer, layer.__dict__.get("forward", _ABSENT)))
         layer.__dict__["forward"] = lambda *args, **kwargs: layer_output.clone()
         yield

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .replay import copied, replay, stood_in
+from .answers import Answer, Entries, copied, entries
+from .replay import replay
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ReplayPlan:
         recorded, layer_output = watcher.finished_for_good(), watcher.layer_output
 
         def works_without(unread: frozenset[int]) -> bool:
-            answers = [(m, list(map(stood_in, outs)) if id(m) in unread else outs) for m, outs in recorded]
+            answers = [(m, [one.unread() for one in given] if id(m) in unread else given) for m, given in recorded]
             try:
                 return torch.equal(replay(model, probe, answers, layer, layer_output), expected)
             except RuntimeError:  # torch refuses to write to a stand-in
@@ -64,9 +65,32 @@ class ReplayPlan:
             unread = frozenset()
         return cls(model, layer, tuple(module for module, _ in recorded), unread)
 
-    def answer(self, module: nn.Module, output: Any) -> Any:
-        """What a recording keeps of one call of a module."""
-        return stood_in(output) if id(module) in self.unread else copied(output)
+    @contextmanager
+    def recording(self) -> Iterator[list[tuple[nn.Module, list[Answer]]]]:
+        """Yields what the modules give in the calls made inside."""
+        recorded: list[tuple[nn.Module, list[Answer]]] = [(module, []) for module in self.modules]
+        handles: list[Any] = []
+
+        def record(module: nn.Module, kept: list[Answer]) -> None:
+            given: list[Entries] = []
+
+            def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                given.append(entries(args, kwargs))
+
+            def leave(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+                answer = Answer.of(output, given.pop(), args, kwargs)
+                kept.append(answer.unread() if id(module) in self.unread else answer)
+
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave, with_kwargs=True))
+
+        try:
+            for module, kept in recorded:
+                record(module, kept)
+            yield recorded
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _largest_unread(modules: Sequence[int], works_without: Any) -> frozenset[int]:
@@ -102,40 +126,42 @@ class _Watcher:
         self.layer_output: Tensor | None = None
         # One list of finished calls for each call under way. When a call finishes before the layer,
         # what finished inside it is dropped: the outermost module answers for all of them.
-        self._open: list[list[tuple[nn.Module, Any]]] = [[]]
+        self._open: list[list[tuple[nn.Module, Answer]]] = [[]]
+        self._given: list[Entries] = []
         self._called_later: set[int] = set()
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         handles = []
         for module in model.modules():
-            handles.append(module.register_forward_pre_hook(self._enter))
-            handles.append(module.register_forward_hook(self._leave))
+            handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module is self.layer:
             self.n_reached += 1
         if self.n_reached:
             self._called_later.add(id(module))
         else:
             self._open.append([])
+            self._given.append(entries(args, kwargs))
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if module is self.layer:
             self.layer_output = copied(output)
         elif not self.n_reached:
             self._open.pop()
-            self._open[-1].append((module, copied(output)))
+            self._open[-1].append((module, Answer.of(output, self._given.pop(), args, kwargs)))
 
-    def finished_for_good(self) -> list[tuple[nn.Module, list[Any]]]:
-        """Modules that ran before the layer only, each with its outputs in the order of its calls."""
-        outputs: dict[int, tuple[nn.Module, list[Any]]] = {}
+    def finished_for_good(self) -> list[tuple[nn.Module, list[Answer]]]:
+        """Modules that ran before the layer only, each with what it gave in the order of its calls."""
+        given: dict[int, tuple[nn.Module, list[Answer]]] = {}
         for calls in self._open:
-            for module, output in calls:
-                outputs.setdefault(id(module), (module, []))[1].append(output)
-        return [entry for key, entry in outputs.items() if key not in self._called_later]
+            for module, answer in calls:
+                given.setdefault(id(module), (module, []))[1].append(answer)
+        return [entry for key, entry in given.items() if key not in self._called_later]

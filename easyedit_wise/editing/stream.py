@@ -19,6 +19,7 @@ from ..separators import SPACE
 from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, MemoryState
+from ..tuner.value_matrices import as_parameter
 from .asked_again import write_what_is_needed
 from .consolidated import train_into
 from .elsewhere import with_elsewhere
@@ -75,7 +76,7 @@ class EditStream:
         self._generator = torch.Generator().manual_seed(hparams.seed)
         # Told of every batch; a copy of the stream has none, since two streams cannot be one record.
         self.sink: CommitSink | None = None
-        self._recorder = PromptRecorder(model, tok, hparams, layer)
+        self._recorder = PromptRecorder(model, tok, self._naming_its_layer(hparams), layer)
         self._tasks = TaskMaker(self._recorder, self._generator)
 
     @property
@@ -90,7 +91,14 @@ class EditStream:
 
     def use(self, tok: Any, hparams: WISEHyperParams) -> None:
         """Go on with another tokenizer object or other settings."""
-        self._recorder.tok, self._recorder.hparams = tok, hparams
+        self._recorder.tok, self._recorder.hparams = tok, self._naming_its_layer(hparams)
+
+    def _naming_its_layer(self, hparams: WISEHyperParams) -> WISEHyperParams:
+        """What is kept of a stream names its layer, also where the settings had left it out."""
+        if hparams.inner_params is not None:
+            return hparams
+        name = next(name for name, module in self.model.named_modules() if module is self.layer)
+        return replace(hparams, inner_params=[as_parameter(name)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EditStream:
         # With a copied model the stream goes on independently; the tokenizer has no state and is shared.
