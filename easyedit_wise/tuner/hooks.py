@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .scope import RoutingScope
+from .words import words
 
 _MARK = "_wise_routing_hooks"
 _GENERATE_BEFORE = "_wise_generate_before"
@@ -43,7 +44,8 @@ class _Enter:
         if tokens is None:
             tokens = given.get("inputs_embeds")
         shape = (tokens.shape[0], tokens.shape[1]) if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
-        self.scope.begin(given.get("attention_mask"), _given_cache(given), shape)
+        counted = words(model, given.get("input_ids"))
+        self.scope.begin(given.get("attention_mask"), _given_cache(given), shape, counted)
 
 
 class _Leave:

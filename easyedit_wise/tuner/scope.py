@@ -91,7 +91,9 @@ class RoutingScope:
         # Beams and samples exist inside a generation only.
         return None if asked is None else of_rows(asked, n_rows, repeated=self._call.generation is not None)
 
-    def begin(self, attention_mask: Any, cache: Any, shape: tuple[int, int] | None) -> None:
+    def begin(
+        self, attention_mask: Any, cache: Any, shape: tuple[int, int] | None, words: Tensor | None = None
+    ) -> None:
         """A call of the top model starts.
 
         Args:
@@ -99,6 +101,8 @@ class RoutingScope:
                 static cache, (B, 1, T, cache size), one for each kind of attention.
             cache: the key-value cache as given, or None.
             shape: (B, T), the sequences and new tokens of this call, if known.
+            words: bool, (B, T), False where a token stands for a part of an image and says nothing about the route;
+                None: all are words.
 
         Raises:
             ValueError: other than B names were asked for.
@@ -109,6 +113,8 @@ class RoutingScope:
         call.shape = shape
         n_cached = cache_length(cache)
         call.token_mask = real_tokens(attention_mask, shape, n_cached)
+        if words is not None:
+            call.token_mask = words if call.token_mask is None else call.token_mask.bool() & words
         call.decided = {}
         call.held = None
         if call.generation:
