@@ -18,6 +18,7 @@ from .checks import (
 )
 from .consolidation_settings import ConsolidationSettings
 from .easyedit_arithmetic import SCORE_ACTIVATION_OF_THE_MODEL, EasyEditArithmetic, activation_of
+from .host_settings import check_language_model
 from .hparams_combinations import check_together
 from .hparams_files import packaged_hparams, read_settings
 from .hparams_values import check_values
@@ -187,6 +188,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
             values["alpha"], values["beta"], values["gamma"] = map(float, margin)
         known = {field.name for field in dataclasses.fields(cls)}
         unknown = [key for key in values if key not in known]
+        check_language_model(unknown)
         if unknown:
             raise ValueError(
                 f"unknown WISE setting {unknown[0]!r}{nearest(str(unknown[0]), (*known, 'act_margin', 'preset'))} "

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+from easyedit_wise.easyedit.multimodal import register_multimodal, unregister_multimodal
+
 HOST = "easyeditor"
 ALG_NAME = "WISE"
 _RECORD = "_easyedit_wise_record"
@@ -38,8 +40,8 @@ def register() -> None:
       ``easyeditor.models`` where the host has no such names of its own.
     - Where the host lists the methods whose restore object is called, WISE is listed.
     - ``BatchEditor`` takes WISE for a method that can edit a batch.
+    - ``ALG_MULTIMODAL_DICT["WISE"]`` becomes ours too, for the text side of vision-language models.
 
-    EasyEdit's multimodal registry keeps the host's own WISE: multimodal models are not edited here.
     Calling it again changes nothing, except that an ``ALG_DICT["WISE"]`` which somebody else has
     set since then becomes ours again.
 
@@ -58,6 +60,7 @@ def register() -> None:
         _list_as_callable_restore(record)
         _list_as_batchable(record)
     alg_dict.ALG_DICT[ALG_NAME] = apply_wise_to_model
+    register_multimodal(alg_dict)
 
 
 def unregister() -> None:
@@ -70,6 +73,7 @@ def unregister() -> None:
     record = getattr(alg_dict, _RECORD, None)
     if alg_dict is None or record is None:
         return
+    unregister_multimodal(alg_dict)
     if record.previous is None:
         alg_dict.ALG_DICT.pop(ALG_NAME, None)
     else:
