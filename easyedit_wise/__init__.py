@@ -6,6 +6,7 @@ after ``import easyeditor``. It imports neither easyeditor nor matplotlib.
 
 from .easyedit.apply import RestoreWeights, apply_wise_to_model
 from .easyedit.hosts import install as _install_into_easyedit
+from .easyedit.multimodal import apply_wise_to_multimodal_model
 from .easyedit.registry import register, unregister
 from .editing.requests import EditRequest
 from .editing.stream import EditStream
@@ -13,6 +14,7 @@ from .editing.trainer import EditDivergedError
 from .hparams import WISEHyperParams, packaged_hparams
 from .merging import MERGE_METHODS, merge
 from .model_card import write_model_card
+from .multimodal_hparams import WISEMultimodalHyperParams
 from .persistence import AdapterFileError, load_edits, save_edits
 from .sharding import random_mask
 from .tuner import Route, WiseConfig, WiseLayer, WiseModel, register_with_peft
@@ -25,6 +27,8 @@ __all__ = [
     # EasyEdit
     "WISEHyperParams",
     "apply_wise_to_model",
+    "apply_wise_to_multimodal_model",
+    "WISEMultimodalHyperParams",
     "RestoreWeights",
     "packaged_hparams",
     "register",

@@ -1,4 +1,4 @@
-"""The command line, ``easyedit-wise``: demo, edit, log, show, resume, forget, evaluate."""
+"""The command line, ``easyedit-wise``: demo, edit, log, show, resume, forget, evaluate, lm-eval."""
 
 from __future__ import annotations
 
@@ -166,6 +166,19 @@ def evaluate(
             threads=threads,
         )
         run_evaluate(options)
+
+
+@app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness's own command line, in which peft=FOLDER loads saved edits."""
+    from .cli_lm_eval import harness_command, run_lm_eval
+
+    with _errors_in_one_line():
+        command = harness_command()
+    run_lm_eval(command, context.args)
 
 
 if __name__ == "__main__":

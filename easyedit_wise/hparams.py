@@ -20,8 +20,9 @@ from .consolidation_settings import ConsolidationSettings
 from .easyedit_arithmetic import SCORE_ACTIVATION_OF_THE_MODEL, EasyEditArithmetic, activation_of
 from .hparams_combinations import check_together
 from .hparams_files import packaged_hparams, read_settings
-from .hparams_foreign import COMPOUND, MULTIMODAL_SETTINGS, check_attributes, values_of
+from .hparams_foreign import COMPOUND, check_attributes, values_of
 from .hparams_values import check_values
+from .multimodal_keys import check_language_model
 from .presets import implied_preset, preset_values
 from .separators import AUTO
 
@@ -220,12 +221,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
             values["alpha"], values["beta"], values["gamma"] = _margins(values.pop("act_margin"))
         known = _names(cls)
         unknown = [key for key in values if key not in known]
-        multimodal = [key for key in unknown if key in MULTIMODAL_SETTINGS]
-        if multimodal:
-            raise ValueError(
-                f"{multimodal[0]!r} is a setting of EasyEdit's multimodal WISE, and these are settings for text: load "
-                "the file with EasyEdit's WISEMultimodalHyperParams, or name one without the multimodal settings."
-            )
+        check_language_model(unknown)
         if unknown:
             raise ValueError(
                 f"unknown WISE setting {unknown[0]!r}{nearest(str(unknown[0]), (*known, *COMPOUND))} "

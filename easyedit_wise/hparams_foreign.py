@@ -11,17 +11,15 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from .multimodal_keys import OF_THE_HOST
 from .presets import PAPER, UPSTREAM, implied_preset
 
 # Read or written by EasyEdit's editors, scorers and its own WISE, and without a meaning here.
 HOST_SETTINGS = frozenset(
     {"evaluation_type", "api_key", "sequential_edit", "hidden_act", "results_dir", "stats_dir", "max_output_length"}
 )
-# Of EasyEdit's WISEMultimodalHyperParams alone.
-MULTIMODAL_SETTINGS = frozenset(
-    {"name", "tokenizer_class", "tokenizer_name", "dtype", "qformer_name_or_path", "qformer_checkpoint"}
-    | {"state_dict_file", "pretrained_ckpt", "exact_match", "file_type", "coco_image", "rephrase_image"}
-)
+# Of a vision-language model's settings alone.
+_MULTIMODAL = frozenset({*OF_THE_HOST, "any_image"})
 # Keys of a mapping that stand for several settings; no attribute of ours holds them.
 COMPOUND = ("preset", "act_margin")
 
@@ -40,7 +38,7 @@ def check_attributes(names: Iterable[str], known: Collection[str]) -> None:
         UserWarning: one is no setting of WISE, nor one that EasyEdit reads: it has no effect.
     """
     for name in names:
-        if name in known or name in HOST_SETTINGS or name in MULTIMODAL_SETTINGS or name.startswith("_"):
+        if name in known or name in HOST_SETTINGS or name in _MULTIMODAL or name.startswith("_"):
             continue
         close = difflib.get_close_matches(name, [*known, *HOST_SETTINGS], n=1, cutoff=0.8)
         if close:

@@ -120,7 +120,7 @@ def test_there_are_no_other_files(checkout: Path) -> None:
 
 @pytest.mark.parametrize("name", MULTIMODAL_FILES)
 def test_the_hosts_multimodal_files_are_refused(checkout: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"is a setting of EasyEdit's multimodal WISE.*WISEMultimodalHyperParams"):
+    with pytest.raises(ValueError, match=r"settings of a vision-language model.*WISEMultimodalHyperParams"):
         WISEHyperParams.from_hparams(checkout / HEAD_HPARAMS / name)
 
 

@@ -502,7 +502,7 @@ def test_a_preset_beside_units_is_meant() -> None:
 
 @pytest.mark.parametrize("key", ["name", "dtype", "qformer_checkpoint"])
 def test_a_multimodal_file(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"'{key}' is a setting of EasyEdit's multimodal WISE"):
+    with pytest.raises(ValueError, match=rf"vision-language model \(they have {key}\).*WISEMultimodalHyperParams"):
         WISEHyperParams.from_dict(valid(sequential_edit=False, **{key: "."}))
 
 

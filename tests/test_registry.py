@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from easyedit_wise.easyedit.multimodal import apply_wise_to_multimodal_model
 from easyedit_wise.easyedit.registry import register, unregister
 
 ALG_DICT = """%s
@@ -142,6 +143,19 @@ def test_register_then_unregister_leaves_the_host_as_it_was(
 
     register()
     assert editor.algorithm("WISE") is apply_wise
+
+
+def test_the_multimodal_table_goes_with_the_others(
+    make_host: Callable[..., ModuleType], apply_wise: Callable[..., Any]
+) -> None:
+    make_host(own_wise=True)
+    alg_dict = sys.modules["easyeditor.util.alg_dict"]
+    table: dict[str, Any] = {"WISE": print}
+    alg_dict.__dict__.update(ALG_MULTIMODAL_DICT=table, MULTIMODAL_EDIT_ALGS={"WISE"})
+    register()
+    assert table["WISE"] is apply_wise_to_multimodal_model
+    unregister()
+    assert table == {"WISE": print}
 
 
 def test_names_are_exported_where_the_host_has_none(

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from .editors import CALLS, around_wise
+from .multimodal import register_multimodal, unregister_multimodal
 from .neighbours import beside_wise, refuse_as_base
 
 HOST = "easyeditor"
@@ -64,10 +65,10 @@ def register() -> None:
       edit a batch; where methods whose restore object is called are listed, WISE is.
     - The other algorithms refuse what they and WISE cannot do together, see ``neighbours``.
     - Its token accuracy of WISE is asked of the text that was trained, see ``scoring``.
+    - ``ALG_MULTIMODAL_DICT["WISE"]`` becomes ours too, for the text side of vision-language models.
 
-    What was there before is remembered for ``unregister``. EasyEdit's multimodal registry keeps the host's own WISE:
-    multimodal models are not edited here. Calling it again changes nothing, except that an ``ALG_DICT["WISE"]`` which
-    somebody else has set since then becomes ours again.
+    What was there before is remembered for ``unregister``. Calling it again changes nothing, except that an
+    ``ALG_DICT["WISE"]`` which somebody else has set since then becomes ours again.
 
     Raises:
         ImportError: EasyEdit is not installed, or is there but cannot be imported (its own error).
@@ -89,6 +90,7 @@ def register() -> None:
         score_as_trained(HOST, ALG_NAME, record.replace)
         _save_once_a_call(record, apply_wise_to_model)
     alg_dict.ALG_DICT[ALG_NAME] = apply_wise_to_model
+    register_multimodal(alg_dict)
 
 
 def unregister() -> None:
@@ -101,6 +103,7 @@ def unregister() -> None:
     record = getattr(alg_dict, _RECORD, None)
     if alg_dict is None or record is None:
         return
+    unregister_multimodal(alg_dict)
     if record.previous is None:
         alg_dict.ALG_DICT.pop(ALG_NAME, None)
     else:

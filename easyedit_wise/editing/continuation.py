@@ -33,11 +33,12 @@ def continued(model: nn.Module, ids: Tensor, mask: Tensor, n_tokens: int, pick: 
         Token ids, shape (B, T + n_tokens).
     """
     cache: Any = None
-    padded = not bool(mask.all())
+    # Always said where it can be: a model that reads images would go on from the positions of the last one it saw.
+    placed = not bool(mask.all()) or "position_ids" in inspect.signature(type(model).forward).parameters
     for _ in range(n_tokens):
         new = ids if cache is None else ids[:, -1:]
         options: dict[str, Any] = last_logits_only(model)
-        if padded:
+        if placed:
             options["position_ids"] = (mask.cumsum(dim=-1) - 1).clamp(min=0)[:, -new.shape[1] :]
         out = model(input_ids=new, attention_mask=mask, past_key_values=cache, use_cache=True, **options)
         cache = getattr(out, "past_key_values", None)

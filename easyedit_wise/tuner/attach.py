@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import re
 import warnings
 from typing import Any
 
@@ -13,8 +11,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from .config import WiseConfig
+from .fitting_names import is_linear_map, is_routed_expert, names_that_fit
 from .hooks import remove_hooks
-from .layer import WiseLayer, linear_map_shape
+from .layer import WiseLayer
 from .model import find_wise_layers, other_tuners
 from .native_loading import remove_loading
 from .registration import register_with_peft
@@ -34,41 +33,20 @@ def check_layer(model: nn.Module, parameter: str) -> str:
     """The module name of a value matrix that a side memory can be attached to.
 
     Raises:
-        ValueError: the model has no such module or it is not a linear map; names that fit are given.
+        ValueError: the model has no such module, it is not a linear map, or it is one of several routed experts; names
+            that fit are given.
     """
     name = module_name_of(parameter)
-    modules = dict(model.named_modules())
-    module = modules.get(name)
-    if module is not None and _is_linear_map(module):
+    module = dict(model.named_modules()).get(name)
+    if module is None:
+        what = "does not exist in this model"
+    elif not is_linear_map(module):
+        what = f"is {type(module).__name__}, not a linear map"
+    elif is_routed_expert(name):
+        what = "is a part of one routed expert"
+    else:
         return name
-    fitting = [key for key, value in modules.items() if _is_linear_map(value) and ".base_layer" not in key]
-    what = "does not exist in this model" if module is None else f"is {type(module).__name__}, not a linear map"
-    raise ValueError(f"inner_params names {parameter[:200]!r}, which {what}. {_names_that_fit(name, fitting)}")
-
-
-def _is_linear_map(module: nn.Module) -> bool:
-    # What has sizes but no weight of its own is a container; HQQ and GPTQ name theirs otherwise.
-    has_weight = any(hasattr(module, name) for name in ("weight", "W_q", "qweight"))
-    return isinstance(module, WiseLayer) or (has_weight and linear_map_shape(module) is not None)
-
-
-def _names_that_fit(name: str, fitting: list[str]) -> str:
-    """The nearest names, and the pattern of all FFN value matrices with the range of layers."""
-    nearest = difflib.get_close_matches(name, fitting, n=3, cutoff=0.3)
-    patterns: dict[str, list[int]] = {}
-    for candidate in fitting:
-        numbers = re.findall(r"(?<=\.)\d+(?=\.)", candidate)
-        if len(numbers) == 1:
-            patterns.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "{}", candidate), []).append(int(numbers[0]))
-    value_matrices = [
-        pattern.format(f"[{min(layers)}..{max(layers)}]").replace(".[", "[") + ".weight"
-        for pattern, layers in patterns.items()
-        if re.search(r"(down_proj|mlp\.c_proj|fc_out|fc2|dense_4h_to_h|w2|wo)$", pattern)
-    ]
-    text = f"Nearest: {', '.join(nearest)}. " if nearest else ""
-    if value_matrices:
-        return f"{text}FFN value matrices of this model: {', '.join(value_matrices)}."
-    return f"{text}Linear maps of this model: {', '.join(fitting[:12])}."
+    raise ValueError(f"inner_params names {parameter[:200]!r}, which {what}. {names_that_fit(model, name)}")
 
 
 def attach(model: nn.Module, config: WiseConfig, adapter_name: str = "default") -> WiseLayer:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .words import words
+
 # transformers 5.24 renamed ``past_key_values`` to ``cache``; state space models have ``cache_params``.
 _CACHES = ("past_key_values", "cache", "cache_params")
 # What tells kernels where the texts of a packed row begin.
@@ -29,6 +31,7 @@ class Call:
         cache: the key-value cache as given, or None.
         borders: arguments that say where the texts of a packed row begin, by name.
         pad_ids: ids that fill up rows where nobody says which of their tokens are real; none for a single row or token.
+        words: bool, (B, T), False where a token stands for a part of an image, see :mod:`.words`; None: all are words.
         decoder_only: False for an encoder-decoder model, whose encoder's tokens are no beginning of its decoder's.
     """
 
@@ -39,6 +42,7 @@ class Call:
     cache: Any = None
     borders: Mapping[str, Any] = field(default_factory=dict)
     pad_ids: frozenset[int] = frozenset()
+    words: Tensor | None = None
     decoder_only: bool = True
 
     @classmethod
@@ -58,6 +62,7 @@ class Call:
             cache=given_cache(given),
             borders={name: given[name] for name in _BORDERS if given.get(name) is not None},
             pad_ids=_pad_ids(model) if shape and min(shape) > 1 else frozenset(),
+            words=words(model, ids),
             decoder_only=is_decoder_only(model),
         )
 

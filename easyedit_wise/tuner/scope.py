@@ -237,11 +237,15 @@ class RoutingScope:
 
 
 def _scored_tokens(call: Call, n_cached: int, generation: Generation | None) -> Tensor | None:
-    """Which of a call's new tokens decide its route, shape (B, T): no padding, and no draft; None: all of them."""
+    """Which of a call's new tokens decide its route, shape (B, T): no padding, image or draft; None: all of them."""
     real = real_tokens(call.attention_mask, call.shape, n_cached)
+    if call.words is not None:
+        real = call.words if real is None else real.bool() & call.words
     if generation is None:
         if call.attention_mask is None and call.input_ids is not None and n_cached == 0:
-            real = real_by_ending(call.input_ids, call.pad_ids)
+            ending = real_by_ending(call.input_ids, call.pad_ids)
+            if ending is not None:
+                real = ending if real is None else real & ending
         return real
     # ``generate`` finds padding by itself. In assisted generation a draft stands behind the prompt in its first call.
     if generation.held is not None or not generation.n_prompt or call.shape is None or n_cached > 0:
