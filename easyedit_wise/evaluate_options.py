@@ -92,5 +92,40 @@ def changes_of(alg: str, changes: Iterable[str], algs: Sequence[str]) -> dict[st
                 f"{change!r} changes no setting: write KEY=VALUE, or ALG.KEY=VALUE for one of {', '.join(algs)}."
             )
         if not dot or name == alg:
-            found[rest] = yaml.safe_load(value)
+            found[rest] = value_of(value)
     return found
+
+
+def value_of(text: str) -> Any:
+    """A setting's value, written as in a YAML file; in a list also names with brackets, which YAML wants quoted.
+
+    Raises:
+        ValueError: it is no value; the message says what is.
+    """
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        items = _list_items(text.strip())
+        if items is None:
+            raise ValueError(
+                f"{text!r} is no value of a setting ({' '.join(str(error).split())}): write a number, a text, or a "
+                "list such as [model.layers[24].mlp.down_proj.weight]; what has : or # in it in quotes."
+            ) from error
+        return [value_of(item) for item in items]
+
+
+def _list_items(text: str) -> list[str] | None:
+    """What stands between the commas of ``[a[0].b, c]``; None for what is no list, or whose brackets do not match."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    items, depth = [""], 0
+    for char in text[1:-1]:
+        depth += (char == "[") - (char == "]")
+        if depth < 0:
+            return None
+        if char == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += char
+    items = [item.strip() for item in items]
+    return items if depth == 0 and all(items) else None

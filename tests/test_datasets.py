@@ -105,7 +105,7 @@ def test_a_malformed_field_is_named(tmp_path: Path, change: dict[str, Any], frag
         ("[", "is not JSON"),
         ("{}", "a list of records, at least one"),
         ("[]", "a list of records, at least one"),
-        ('[{"prompt": "x"}]', "none of the known formats (zsre, temporal, counterfact, hallucination)"),
+        ('[{"prompt": "x"}]', "none of the known formats (zsre, temporal, counterfact, knowedit, hallucination)"),
         ("[3]", "none of the known formats"),
     ],
 )

@@ -16,6 +16,7 @@ import yaml
 from conftest import LAYERS, build_model, build_tokenizer
 from editing_helpers import logits_of, settings
 from test_datasets import write
+from test_knowedit import entry as knowedit_entry
 from typer.testing import CliRunner, Result
 
 from easyedit_wise.cli import app
@@ -211,6 +212,22 @@ def test_mixed_and_separate_streams_make_the_same_edits(tmp_path: Path, checkpoi
     assert mixed["scores"]["hallucination"]["edit_exact"] is None
 
 
+def test_knowedits_files_are_evaluated(tmp_path: Path, checkpoint: Path, hparams: Path) -> None:
+    data, out = tmp_path / "wiki_recent_test.json", tmp_path / "out"
+    data.write_text(json.dumps([knowedit_entry(i) for i in range(4)]), encoding="utf-8")
+    done = run("--data", data, "--edits", 2, "--model", checkpoint, "--hparams", hparams, "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "Port" in done.output
+    (path,) = result_files(out)
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["stream"] == "knowedit"
+    last = result["checkpoints"][-1]
+    kinds = {"Reasoning", "Subject_Aliasing", "Relation_Specificity", "Forgetfulness"}
+    assert last["scores"]["knowedit"]["by_kind"].keys() == kinds
+    assert last["scores"]["knowedit"]["portability"] is not None
+    assert last["routing"]["knowedit"]["nearby_fire"] is not None  # its locality prompts
+
+
 def test_errors_are_one_line(tmp_path: Path, checkpoint: Path, hparams: Path) -> None:
     data = write(tmp_path, "zsre", 3)
     common = ("--data", data, "--model", checkpoint, "--out", tmp_path / "out")
@@ -237,8 +254,39 @@ def test_changes_for_one_algorithm_or_for_all() -> None:
         changes_of("WISE", ["FT.lr=1"], ("WISE", "ROME"))
 
 
+@pytest.mark.parametrize(("text", "value"), [
+    ("[model.layers[24].mlp.down_proj.weight]", ["model.layers[24].mlp.down_proj.weight"]),
+    ("[h[1].w, h[2].w]", ["h[1].w", "h[2].w"]),
+    ("[['a[0]', 'b'], [1, 0.2]]", [["a[0]", "b"], [1, 0.2]]),
+    ("[[5, 10], [10, 10]]", [[5, 10], [10, 10]]),
+    ("model.layers[24].w", "model.layers[24].w"),
+])  # fmt: skip
+def test_a_list_of_names_with_brackets_is_one(text: str, value: Any) -> None:
+    assert changes_of("WISE", [f"inner_params={text}"], ("WISE",)) == {"inner_params": value}
+
+
+@pytest.mark.parametrize("text", ["[a[0].w", "[a]0].w]", "{a", "[a[0],]", "'a"])
+def test_a_value_that_is_none_is_one_clear_error(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no value of a setting .*: write a number, a text, or a list") as error:
+        changes_of("WISE", [f"inner_params={text}"], ("WISE",))
+    assert repr(text) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_packaged_settings_of_each_algorithm() -> None:
-    for name in ("WISE", "ROME", "FT", "MEMIT", "LoRA", "upstream-WISE"):
+    for name in (
+        "WISE",
+        "ROME",
+        "FT",
+        "MEMIT",
+        "LoRA",
+        "upstream-WISE",
+        "GRACE",
+        "R-ROME",
+        "AlphaEdit",
+        "ULTRAEDIT",
+        "SimIE",
+    ):
         assert settings_of(name, "smollm2-135m", {})["alg_name"] == name.removeprefix("upstream-")
     assert settings_of("ROME", "smollm2-135m", {"v_lr": 1.0})["v_lr"] == 1.0
     assert settings_of("ROME", "smollm2-135m", {})["v_weight_decay"] == 1e-3  # not the text "1e-3"

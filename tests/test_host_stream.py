@@ -34,13 +34,14 @@ def toy_host(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
     def apply_toy(model: Any, tok: Any, requests: list[Any], hparams: Any) -> tuple[Any, dict[str, Any]]:
         assert tok.padding_side == "left"
-        models.seen.append(requests[0]["prompt"])  # type: ignore[attr-defined]
+        apply_toy.seen.append(requests[0]["prompt"])  # type: ignore[attr-defined]
         with torch.no_grad():
             model.model.norm.weight += hparams.scale * torch.rand(32)
         return model, {}
 
     apply_toy.__module__ = models.__name__
-    models.seen, models.ToyHyperParams = [], ToyHyperParams  # type: ignore[attr-defined]
+    apply_toy.seen = []  # type: ignore[attr-defined]
+    models.apply_toy, models.ToyHyperParams = apply_toy, ToyHyperParams  # type: ignore[attr-defined]
     alg_dict = ModuleType("easyeditor.util.alg_dict")
     alg_dict.ALG_DICT = {"Toy": apply_toy}  # type: ignore[attr-defined]
     for module in (ModuleType("easyeditor"), ModuleType("easyeditor.util"), alg_dict, models):
@@ -59,7 +60,7 @@ def test_a_hosts_algorithm_edits_on_and_has_its_own_random_numbers(toy_host: Any
 
     before = torch.get_rng_state()
     together = weight_after([["a", "b"]], seed=1)
-    assert toy_host.seen == ["a", "b"]
+    assert toy_host.apply_toy.seen == ["a", "b"]
     assert torch.equal(together, weight_after([["a"], ["b"]], seed=1))  # checkpoints change nothing
     assert not torch.equal(together, weight_after([["a", "b"]], seed=2))
     assert not torch.equal(together, weight_after([["a"]], seed=1))

@@ -18,6 +18,7 @@ from ..evaluation.datasets import Request
 from ..evaluation.lifelong import RouteProbe, StreamEditor
 from ..hparams import WISEHyperParams
 from ..hparams_files import read_settings
+from .host_settings import BASE_METHOD, BASE_SETTINGS
 from .host_stream import UPSTREAM_WISE, WISE, HostStream
 from .upstream import UpstreamWise, load_upstream, why_not
 from .wise_stream import WiseStream
@@ -66,6 +67,8 @@ def make_editor(
 def settings_of(name: str, hparams: str | Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The mapping of an algorithm's YAML file with some values changed; of WISE all settings, defaults included.
 
+    Where the file names a base method (SimIE's), that one's settings are among them, as ``base_hparams``.
+
     Raises:
         FileNotFoundError: neither a file nor a packaged name.
         ValueError: not a YAML mapping, or for WISE a setting that does not fit.
@@ -75,8 +78,16 @@ def settings_of(name: str, hparams: str | Path, changes: Mapping[str, Any]) -> d
     if "act_margin" in config and {"alpha", "beta", "gamma"} & changes.keys():
         merged["alpha"], merged["beta"], merged["gamma"] = merged.pop("act_margin")
         merged |= changes
+    if BASE_METHOD in merged and BASE_SETTINGS not in merged:
+        merged[BASE_SETTINGS] = settings_of(str(merged[BASE_METHOD]), _beside(hparams, name, merged[BASE_METHOD]), {})
     numbers = {key: number_from_scientific_notation(value) for key, value in merged.items()}
     return WISEHyperParams.from_dict(numbers).to_dict() if name == WISE else numbers
+
+
+def _beside(hparams: str | Path, name: str, base: str) -> str:
+    """The base method's settings of the same name: in the folder beside, as for EasyEdit, or packaged."""
+    path = Path(hparams)
+    return str(path.parent.parent / base / path.name) if path.parent.name == name else path.stem
 
 
 class UpstreamStream:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import importlib
+import importlib.util
 import io
 import logging
 import sys
@@ -23,7 +23,10 @@ from torch import Tensor, nn
 from ..checks import nearest
 from ..evaluation.datasets import Request
 from ..evaluation.lifelong import RouteProbe
+from . import wheel
 from .covariance import second_moments_of_samples, second_moments_of_texts
+from .host_settings import Algorithms, host_settings, method_of
+from .host_state import RunState
 from .registry import HOST
 
 WISE = "WISE"
@@ -32,6 +35,8 @@ UPSTREAM_WISE = "upstream-WISE"
 
 # GRACE's layer: the position of the one token that it compares with its keys.
 KEY_POSITION = "key_id"
+# Methods for which EasyEdit's editor pads on the right: they count tokens of a prompt from its start.
+_PADDED_RIGHT = frozenset({"ROME", "MEMIT", "EMMET", "EAMET", "R-ROME", "AlphaEdit", "CORE", "SPHERE"})
 
 
 class HostStream:
@@ -41,8 +46,10 @@ class HostStream:
     first prompt that was generated from. Here it is each query's own, the last token of its prompt, and queries are
     asked one by one, so that no two have to share it.
 
+    What a method keeps in its modules, and what it writes, is this run's own (:mod:`.host_state`).
+
     Raises:
-        ImportError: EasyEdit is not installed.
+        ImportError: EasyEdit is not installed, or misses a package.
         ValueError: it has no such algorithm, or the settings do not fit.
     """
 
@@ -60,32 +67,35 @@ class HostStream:
     ) -> None:
         self.model: Any = model
         self.one_by_one = False
-        with quiet():
-            algorithms = importlib.import_module(f"{HOST}.util.alg_dict").ALG_DICT
+        algorithms = _algorithms()
         if name not in algorithms:
             raise ValueError(
                 f"{name!r} is no algorithm{nearest(name, (*algorithms, UPSTREAM_WISE))} "
                 f"There are {', '.join(sorted({*algorithms, WISE}))}, and {UPSTREAM_WISE} with a checkout of EasyEdit."
             )
-        self._name, self._apply = name, algorithms[name]
-        self._hparams = _host_settings(name, self._apply, {**config, "device": str(next(model.parameters()).device)})
+        self._name, self._apply = name, _of_this_run(algorithms[name])
+        self._state = RunState()
+        with quiet():
+            self._hparams = host_settings(name, algorithms, config, model, self._state.folder)
         self._module = sys.modules[self._apply.__module__]
-        # Both are kept by the host for the life of the process; another model or seed must not find them.
-        for cache, empty in (("CONTEXT_TEMPLATES_CACHE", None), ("COV_CACHE", {})):
-            if hasattr(self._module, cache):
-                setattr(self._module, cache, empty)
-        self._tok = _prepared(tok, name)
+        self._tok = _prepared(tok, method_of(name, config))
         self.settings = {**config}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self._random_state = _random_state()
         if hasattr(self._module, "COV_CACHE"):
-            self._fill_covariances(stats_texts, seed)
+            with self._state.entered():
+                self._fill_covariances(stats_texts, seed)
 
     def edit(self, requests: Sequence[Request], on_edit: Callable[[], None]) -> None:
         """Make these edits on top of the earlier ones."""
         for request in requests:
-            with quiet(), torch.random.fork_rng(), layers_answer_with_tuples(self.model, self._hparams):
+            with (
+                quiet(),
+                self._state.entered(),
+                torch.random.fork_rng(),
+                layers_answer_with_tuples(self.model, self._hparams),
+            ):
                 _set_random_state(self._random_state)
                 self.model = _language_model(self._edited(request))
                 self._random_state = _random_state()
@@ -124,9 +134,11 @@ class HostStream:
 
     def _fill_covariances(self, texts: Sequence[str] | None, seed: int) -> None:
         """Put E[k k^T] of the unedited model where MEMIT looks first, unless ``stats_dir`` has a file of it."""
-        hparams, name = self._hparams, self.model.config._name_or_path.replace("/", "_")
+        hparams, path = self._hparams, self.model.config._name_or_path
+        name = path.replace("/", "_")
         modules = [hparams.rewrite_module_tmp.format(layer) for layer in hparams.layers]
-        folder = Path(hparams.stats_dir) / name / f"{hparams.mom2_dataset}_stats"
+        in_files = name if wheel.is_bridged(sys.modules.get(HOST)) else path.rsplit("/")[-1]
+        folder = Path(hparams.stats_dir) / in_files / f"{hparams.mom2_dataset}_stats"
         ending = f"{hparams.mom2_dtype}_mom2_{hparams.mom2_n_samples}.npz"
         missing = [module for module in modules if not (folder / f"{module}_{ending}").exists()]
         if not missing:
@@ -152,27 +164,40 @@ def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
         torch.cuda.set_rng_state_all(state[1])
 
 
-def _host_settings(name: str, apply: Callable[..., Any], config: Mapping[str, Any]) -> Any:
-    """The host's own settings object. Its class is called ``ROMEHyperParams`` and the like, and is looked for beside
-    the algorithm first: EasyEdit's MELO has a ``GRACEHyperParams``, too, which is not GRACE's."""
-    wanted = f"{name}HyperParams".casefold().replace("-", "")
-    own = ".".join(apply.__module__.split(".")[:3])  # easyeditor.models.grace
-    modules = [
-        (key, module) for key, module in sys.modules.items() if key.split(".")[:2] == [HOST, "models"] and module
-    ]
-    modules.sort(key=lambda one: not f"{one[0]}.".startswith(f"{own}."))
-    found = (value for _, module in modules for key, value in vars(module).items() if key.casefold() == wanted)
-    cls: Any = next(found, None)
-    if not hasattr(cls, "__dataclass_fields__"):
-        raise ValueError(f"{HOST} has no settings class for {name}: it cannot be run in a stream.")
-    known = {one.name for one in dataclasses.fields(cls)}
-    unknown = [key for key in config if key not in known]
-    if unknown:
-        raise ValueError(f"unknown {name} setting {unknown[0]!r}{nearest(unknown[0], tuple(known))}")
+def _algorithms() -> Algorithms:
+    """EasyEdit's registry.
+
+    Raises:
+        ImportError: EasyEdit is not there, or misses a package.
+    """
     try:
-        return cls(**config)
-    except TypeError as error:
-        raise ValueError(f"the settings of {name} are not complete: {error}.") from error
+        with quiet():
+            algorithms: Algorithms = importlib.import_module(f"{HOST}.util.alg_dict").ALG_DICT
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == HOST:
+            raise ImportError(
+                "EasyEdit is not importable, and every algorithm but WISE is its own: put a checkout of "
+                "https://github.com/zjunlp/EasyEdit on PYTHONPATH, or install the wheel with "
+                f"'pip install --no-deps easyeditor=={wheel.WHEEL_VERSION}'."
+            ) from error
+        spec = importlib.util.find_spec(HOST)
+        folder = next(iter((spec.submodule_search_locations if spec else None) or ["?"]))
+        raise ImportError(
+            f"EasyEdit in {folder} cannot be imported: it needs the package that provides {error.name!r}, which is not "
+            "installed. Install it, and what EasyEdit's requirements.txt names besides; or take that folder off "
+            "PYTHONPATH and run the PyPI wheel, which does without: "
+            f"pip install --no-deps easyeditor=={wheel.WHEEL_VERSION}."
+        ) from error
+    return algorithms
+
+
+def _of_this_run(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """The same; of a method of an object that EasyEdit keeps, which holds on to a model, that of a new one."""
+    owner = getattr(apply, "__self__", None)
+    if owner is None:
+        return apply
+    fresh: Callable[..., Any] = getattr(type(owner)(), apply.__name__)
+    return fresh
 
 
 def _language_model(model: Any) -> Any:
@@ -185,9 +210,9 @@ def _language_model(model: Any) -> Any:
 
 
 def _prepared(tok: Any, name: str) -> Any:
-    """The tokenizer as EasyEdit's editor prepares it: padded left, but for ROME and MEMIT right; a copy."""
+    """A copy of the tokenizer as EasyEdit's editor prepares it: padded left, but right for ROME and its kind."""
     prepared = copy.deepcopy(tok)
-    prepared.padding_side = "right" if name in ("ROME", "MEMIT") else "left"
+    prepared.padding_side = "right" if name in _PADDED_RIGHT else "left"
     prepared.pad_token = prepared.pad_token or prepared.eos_token
     # FT compares targets with it, and fails where there is none.
     prepared.unk_token = prepared.unk_token or prepared.pad_token

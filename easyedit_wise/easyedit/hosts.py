@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from easyedit_wise.easyedit import wheel
+from easyedit_wise.easyedit.host_state import remember_initial_globals
 from easyedit_wise.easyedit.registry import HOST, register
 from easyedit_wise.easyedit.rewriting import RewritingLoader
 
@@ -108,6 +109,7 @@ def _finish(host: ModuleType) -> None:
     """What a completely imported host still needs."""
     if host.__spec__ is not None and wheel.is_wheel(host.__spec__):
         wheel.complete()
+    remember_initial_globals()
     register()
 
 

@@ -1,7 +1,7 @@
-"""Readers of EasyEdit's own data files: ZsRE, CounterFact, hallucination (SelfCheckGPT), Temporal.
+"""Readers of EasyEdit's own data files: ZsRE, CounterFact, hallucination (SelfCheckGPT), Temporal, KnowEdit's.
 
 A file is recognised by the fields of its first record. Each reader says which of EasyEdit's fields
-becomes which part of a :class:`FactRecord`; everything else about the four sets is the same.
+becomes which part of a :class:`FactRecord`; everything else about the sets is the same.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from easyedit_wise.evaluation.asking import Query
+from easyedit_wise.evaluation.formats import Format
+from easyedit_wise.evaluation.knowedit import KnowEdit
 from easyedit_wise.evaluation.records import FactRecord
 from easyedit_wise.separators import joined
 
@@ -22,54 +24,6 @@ HALLUCINATION_LIMIT = 254
 """Tokens of prompt and target: longer samples are left out of the hallucination set (paper, Appendix A.1)."""
 
 Request = dict[str, str]
-
-
-@dataclass(frozen=True)
-class Format:
-    """What EasyEdit calls the parts of one data set's records.
-
-    Attributes:
-        name: of the data set.
-        prompt, target, subject: fields of the edit.
-        locality: fields of the prompt whose answer must stay, and of that answer.
-        marks: fields that tell a file of this format from the others'.
-        rephrasing: field of the rephrased prompt; None where there is none.
-        ood: field of the out-of-distribution text; None where there is none.
-        nearby: the locality prompt asks about a neighbour of the fact, not about something far from it.
-        written: see :class:`FactRecord`.
-    """
-
-    name: str
-    prompt: str
-    target: str
-    subject: str
-    locality: tuple[str, str]
-    marks: tuple[str, ...]
-    rephrasing: str | None = None
-    ood: str | None = None
-    nearby: bool = False
-    written: bool = True
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """All fields that a record must have, as texts that are not empty."""
-        optional = tuple(name for name in (self.rephrasing, self.ood) if name)
-        return (self.prompt, self.target, self.subject, *optional, *self.locality)
-
-    def record(self, entry: Mapping[str, Any]) -> FactRecord:
-        """One checked record of the file as a :class:`FactRecord`."""
-        query = Query(*(entry[name] for name in self.locality))
-        return FactRecord(
-            prompt=entry[self.prompt],
-            target=entry[self.target],
-            subject=entry[self.subject],
-            rephrasings=[entry[self.rephrasing]] if self.rephrasing else [],
-            unrelated=None if self.nearby else query,
-            nearby=query if self.nearby else None,
-            ood=entry[self.ood] if self.ood else None,
-            written=self.written,
-            source=self.name,
-        )
 
 
 _EDIT = ("prompt", "target_new", "subject", ("locality_prompt", "locality_ground_truth"))
@@ -81,6 +35,7 @@ FORMATS: Mapping[str, Format] = {
         Format("zsre", "src", "alt", "subject", ("loc", "loc_ans"), marks=("src", "alt"), rephrasing="rephrase"),
         Format("temporal", *_EDIT, marks=("ood_rephrase",), ood="ood_rephrase", written=False),
         Format("counterfact", *_EDIT, marks=("rephrase_prompt",), rephrasing="rephrase_prompt", nearby=True),
+        KnowEdit("knowedit", *_EDIT, marks=("locality",)),
         Format("hallucination", *_EDIT, marks=("prompt", "target_new"), written=False),
     )
 }
@@ -91,7 +46,7 @@ class Dataset:
     """All records of one file.
 
     Attributes:
-        format: which of the four sets it is.
+        format: which of the sets it is.
         path: the file.
         records: in the file's order.
         n_too_long: records that :func:`without_long_ones` left out.
@@ -130,9 +85,7 @@ def read_dataset(path: Path, name: str | None = None) -> Dataset:
     """
     entries = _entries(path)
     kind = _format(path, entries[0], name)
-    for index, entry in enumerate(entries):
-        _check(path, index, entry, kind, kind.fields)
-    return Dataset(kind, path, [kind.record(entry) for entry in entries])
+    return Dataset(kind, path, [kind.record(*one) for one in _described(path, entries, kind)])
 
 
 def without_long_ones(dataset: Dataset, n_tokens: Callable[[str], int], limit: int = HALLUCINATION_LIMIT) -> Dataset:
@@ -205,17 +158,16 @@ def irrelevant_prompts(dataset: Dataset, last: FactRecord, scored: Iterable[str]
     else:  # begin behind the last evaluated one, so that streams of one file differ
         behind = dataset.records.index(last) + 1
         others = dataset.records[behind:] + dataset.records[:behind]
-        queries = [query for one in others if (query := one.nearby if dataset.format.nearby else one.unrelated)]
+        queries = [query for one in others for query in one.unchanged()]
     taken = set(scored)
     return list(dict.fromkeys(f"{q.prompt} {q.answer}".rstrip() for q in queries if q.prompt not in taken))
 
 
 def train_file(path: Path) -> Path | None:
-    """The train file beside an edit file: ``temporal-train.json`` beside ``temporal-edit.json``; None without one."""
-    for separator in ("-", "_"):
-        if path.stem.endswith(f"{separator}edit"):
-            train = path.with_name(f"{path.stem.removesuffix('edit')}train{path.suffix}")
-            return train if train.is_file() else None
+    """The train file beside an edit or test file: ``temporal-train.json`` beside ``temporal-edit.json``; or None."""
+    if path.stem.endswith(("-edit", "_edit", "-test", "_test")):
+        train = path.with_name(f"{path.stem[: -len('edit')]}train{path.suffix}")
+        return train if train.is_file() else None
     return None
 
 
@@ -278,20 +230,10 @@ def _entries(path: Path) -> list[Any]:
 
 
 def _locality_of(path: Path, kind: Format) -> list[Query]:
-    """The locality prompts of a train file, some of whose answers are empty in EasyEdit's own."""
-    entries = _entries(path)
-    for index, entry in enumerate(entries):
-        _check(path, index, entry, kind, kind.locality[:1])
-    prompt, answer = kind.locality
-    return [Query(entry[prompt], str(entry.get(answer) or "")) for entry in entries]
+    """The locality prompts of a train file."""
+    return [query for one in _described(path, _entries(path), kind) for query in kind.irrelevant(*one)]
 
 
-def _check(path: Path, index: int, entry: object, kind: Format, fields: Sequence[str]) -> None:
-    where = f"{path}, record {index} ({kind.name})"
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} is {type(entry).__name__}, not an object with fields.")
-    for name in fields:
-        if name not in entry:
-            raise ValueError(f"{where} has no field {name!r}.")
-        if not isinstance(entry[name], str) or not entry[name].strip():
-            raise ValueError(f"{where}: the field {name!r} is {entry[name]!r}, but must be a text that is not empty.")
+def _described(path: Path, entries: Sequence[Any], kind: Format) -> Iterator[tuple[str, Any]]:
+    """Each record, with what it is called in an error."""
+    return ((f"{path}, record {index} ({kind.name})", entry) for index, entry in enumerate(entries))

@@ -92,12 +92,13 @@ def _ask(
     """All prompts of all records in one pass each way, so that batches are full; the same prompt is asked once."""
     if not records:
         raise ValueError("There are no records to ask the model.")
-    groups: list[tuple[bool, list[Query]]] = []  # four a record: edit, rephrasings, unrelated, nearby
+    groups: list[tuple[bool, list[Query]]] = []  # five a record: edit, rephrasings, unrelated, near, portability
     for record in records:
         groups.append((record.written, [Query(record.prompt, record.target)]))
         groups.append((record.written, [Query(prompt, record.target) for prompt in record.rephrasings]))
         groups.append((record.written, [record.unrelated] if record.unrelated else []))
-        groups.append((record.written, [record.nearby] if record.nearby else []))
+        groups.append((record.written, record.near()))
+        groups.append((record.written, [one.query for one in record.related if one.follows]))
     queries = [query for _, group in groups for query in group]
     forced = _each_once(queries, lambda asked: teacher_forced(model, tok, asked, batch_size))
     prompts = [query.prompt for written, group in groups if written for query in group]
@@ -110,10 +111,11 @@ def _ask(
     ]
     return [
         RecordAnswers(
-            edit=answers[4 * i],
-            rephrasings=answers[4 * i + 1],
-            unrelated=answers[4 * i + 2],
-            nearby=answers[4 * i + 3],
+            edit=answers[5 * i],
+            rephrasings=answers[5 * i + 1],
+            unrelated=answers[5 * i + 2],
+            nearby=answers[5 * i + 3],
+            portability=answers[5 * i + 4],
             ood=None if record.ood is None else ood[record.ood],
             ood_prompt=0 if record.ood is None else max(0, shared_tokens(tok, record.prompt, record.ood) - 1),
         )

@@ -237,12 +237,11 @@ def _routing(editor: StreamEditor, records: Sequence[FactRecord]) -> dict[str, R
             edits=[routes[one.prompt] for one in members],
             rephrasings=[[routes[prompt] for prompt in one.rephrasings] for one in members],
             unrelated=[routes[one.unrelated.prompt] for one in members if one.unrelated],
-            nearby=[routes[one.nearby.prompt] for one in members if one.nearby],
+            nearby=[routes[query.prompt] for one in members for query in one.near()],
             holders=None if holders is None else [holders[i] for i in places],
         )
     return result
 
 
 def _routed_prompts(record: FactRecord) -> list[str]:
-    queries = [query for query in (record.unrelated, record.nearby) if query is not None]
-    return [record.prompt, *record.rephrasings, *(query.prompt for query in queries)]
+    return [record.prompt, *record.rephrasings, *(query.prompt for query in record.unchanged())]

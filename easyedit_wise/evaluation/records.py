@@ -3,10 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from easyedit_wise.evaluation.asking import Query
+
+
+@dataclass(frozen=True)
+class Related:
+    """A question near an edit, as KnowEdit asks them.
+
+    Attributes:
+        kind: what the data call it, such as ``Reasoning`` or ``Relation_Specificity``.
+        prompt: the question.
+        answers: right ones; the first is the one that teacher forcing asks for, as in EasyEdit.
+        follows: the answer follows from the edit (portability); False: the model's answer must stay as it was.
+    """
+
+    kind: str
+    prompt: str
+    answers: tuple[str, ...]
+    follows: bool
+
+    @property
+    def query(self) -> Query:
+        """The question with its first answer."""
+        return Query(self.prompt, self.answers[0])
 
 
 @dataclass(frozen=True)
@@ -25,6 +47,7 @@ class FactRecord:
         written: whether the answer is short enough to be asked for by free generation; a sentence or a
             paragraph is scored by its likelihood alone.
         source: name of the data set that the record comes from.
+        related: more questions about what follows from the edit, and about what must stay.
     """
 
     prompt: str
@@ -36,6 +59,7 @@ class FactRecord:
     ood: str | None = None
     written: bool = True
     source: str = "facts"
+    related: list[Related] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, fact: Mapping[str, Any]) -> FactRecord:
@@ -64,5 +88,16 @@ class FactRecord:
         for query in (self.unrelated, self.nearby):
             if query is not None:
                 yield query.prompt
+        for question in self.related:
+            yield question.prompt
         if self.ood is not None:
             yield self.ood
+
+    def near(self) -> list[Query]:
+        """Queries close to the edit whose answers must stay."""
+        own = [] if self.nearby is None else [self.nearby]
+        return own + [question.query for question in self.related if not question.follows]
+
+    def unchanged(self) -> list[Query]:
+        """All queries whose answers must stay."""
+        return self.near() if self.unrelated is None else [self.unrelated, *self.near()]

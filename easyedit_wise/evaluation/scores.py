@@ -48,6 +48,7 @@ class RecordAnswers:
     rephrasings: Answers
     unrelated: Answers
     nearby: Answers
+    portability: Answers = field(default_factory=lambda: Answers([], []))
     ood: TokenPrediction | None = None
     ood_prompt: int = 0
 
@@ -57,7 +58,8 @@ class RecordScores:
     """One row of :class:`FinalScores`: a record's scores, in [0, 1], and what the model wrote.
 
     None stands where the record has no prompt of that kind, or where its answers are not asked for by generation.
-    ``perplexity`` is the target's, ``ood_loss`` the mean loss of y_ood given the prompt.
+    ``perplexity`` is the target's, ``ood_loss`` the mean loss of y_ood given the prompt. ``by_kind`` holds, for each
+    kind of related questions, the share of tokens that are right (portability) or kept.
     """
 
     prompt: str
@@ -69,7 +71,7 @@ class RecordScores:
     edit_exact: bool | None
     rephrasing_exact: float | None
     unrelated_same: bool | None
-    nearby_same: bool | None
+    nearby_same: float | None
     perplexity: float
     edit_text: str
     rephrasing_texts: list[str]
@@ -84,6 +86,10 @@ class RecordScores:
     ood_tokens: float | None = None
     source: str = "facts"
     n_rephrasings: int = 0
+    portability: float | None = None
+    portability_contains: float | None = None
+    by_kind: dict[str, float] = field(default_factory=dict)
+    portability_texts: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ class FinalScores:
         reliability: right on the edit prompts.
         generalisation: right on the rephrasings; each rephrasing counts once.
         locality, nearby_kept: predicted as before the edits, on unrelated and nearby prompts.
+        portability: right on questions whose answer follows from the edit.
+        by_kind: of related questions, by their kind: right or kept.
         target_known: of the edit's target with a loss below delta = -log 0.8 (the paper's delta-ACC).
         ood_tokens: of the out-of-distribution text with a loss below delta, as EasyEdit's ``ood_ppl``.
 
@@ -102,6 +110,7 @@ class FinalScores:
     Greedy shares of prompts:
         edit_exact, rephrasing_exact: the text begins with the target as a whole word.
         edit_contains, rephrasing_contains: the target occurs in the text.
+        portability_contains: one of the question's answers does.
         unrelated_same, nearby_same: the text is the one written before the edits.
 
     ``edit_f1`` and ``rephrasing_f1`` are the F1 of the words of the greedy text and the target.
@@ -129,6 +138,9 @@ class FinalScores:
     target_known: float | None = None
     ood_items: float | None = None
     ood_tokens: float | None = None
+    portability: float | None = None
+    portability_contains: float | None = None
+    by_kind: dict[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All scores and rows as plain JSON values; a perplexity that is not finite becomes None."""
@@ -165,6 +177,9 @@ def summarise(rows: Sequence[RecordScores]) -> FinalScores:
         target_known=_mean(row.target_known for row in rows),
         ood_items=_mean(row.ood_loss < DELTA for row in rows if row.ood_loss is not None),
         ood_tokens=_mean(row.ood_tokens for row in rows),
+        portability=_mean(row.portability for row in rows),
+        portability_contains=_mean(row.portability_contains for row in rows),
+        by_kind=_means((kind, value) for row in rows for kind, value in row.by_kind.items()),
     )
 
 
@@ -172,18 +187,21 @@ def score_record(record: FactRecord, before: RecordAnswers, after: RecordAnswers
     """One row: a record's scores from a model's answers before and after the edits."""
     target, edit, rephrased = record.target, after.edit.texts, after.rephrasings.texts
     ood = after.ood
+    follow = [question for question in record.related if question.follows]
+    stay = [question for question in record.related if not question.follows]
+    kept = _kept(before.nearby, after.nearby)
     beyond = ood.log_probs[after.ood_prompt :] if ood else ()
     return RecordScores(
         prompt=record.prompt,
         target=target,
         reliability=after.edit.forced[0].accuracy,
         generalisation=_mean(prediction.accuracy for prediction in after.rephrasings.forced),
-        locality=_kept(before.unrelated, after.unrelated),
-        nearby_kept=_kept(before.nearby, after.nearby),
+        locality=_mean(_kept(before.unrelated, after.unrelated)),
+        nearby_kept=_mean(kept),
         edit_exact=exact_at_start(edit[0], target) if edit else None,
         rephrasing_exact=_mean(exact_at_start(text, target) for text in rephrased),
-        unrelated_same=_same(before.unrelated, after.unrelated),
-        nearby_same=_same(before.nearby, after.nearby),
+        unrelated_same=next(iter(_same(before.unrelated, after.unrelated)), None),
+        nearby_same=_mean(_same(before.nearby, after.nearby)),
         perplexity=after.edit.forced[0].perplexity,
         edit_text=edit[0] if edit else "",
         rephrasing_texts=rephrased,
@@ -198,15 +216,25 @@ def score_record(record: FactRecord, before: RecordAnswers, after: RecordAnswers
         ood_tokens=ood.share_below(DELTA) if ood else None,
         source=record.source,
         n_rephrasings=len(record.rephrasings),
+        portability=_mean(prediction.accuracy for prediction in after.portability.forced),
+        portability_contains=_mean(
+            any(contains(text, answer) for answer in question.answers)
+            for question, text in zip(follow, after.portability.texts, strict=False)
+        ),
+        by_kind=_means(
+            [(one.kind, share.accuracy) for one, share in zip(follow, after.portability.forced, strict=True)]
+            + [(one.kind, share) for one, share in zip(stay, kept[len(kept) - len(stay) :], strict=True)]
+        ),
+        portability_texts=after.portability.texts,
     )
 
 
-def _kept(before: Answers, after: Answers) -> float | None:
-    return locality(before.forced, after.forced)[0] if after.forced else None
+def _kept(before: Answers, after: Answers) -> list[float]:
+    return locality(before.forced, after.forced) if after.forced else []
 
 
-def _same(before: Answers, after: Answers) -> bool | None:
-    return same_text(before.texts, after.texts)[0] if after.texts else None
+def _same(before: Answers, after: Answers) -> list[bool]:
+    return same_text(before.texts, after.texts) if after.texts else []
 
 
 def _f1(text: str, target: str) -> float | None:
@@ -216,6 +244,14 @@ def _f1(text: str, target: str) -> float | None:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return fmean(known) if known else None
+
+
+def _means(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The mean of each name's values."""
+    values: dict[str, list[float]] = {}
+    for name, value in pairs:
+        values.setdefault(name, []).append(value)
+    return {name: fmean(group) for name, group in values.items()}
 
 
 def _mean_of_rephrasings(rows: Sequence[RecordScores], name: str) -> float | None:
