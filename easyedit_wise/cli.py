@@ -1,4 +1,4 @@
-"""The command line, ``easyedit-wise``: demo, edit, log, show, resume, forget, evaluate, lm-eval."""
+"""The command line, ``easyedit-wise``: demo, edit, log, show, resume, forget, evaluate, lm-eval, upstream-tree."""
 
 from __future__ import annotations
 
@@ -179,6 +179,19 @@ def lm_eval(context: typer.Context) -> None:
     with _errors_in_one_line():
         command = harness_command()
     run_lm_eval(command, context.args)
+
+
+@app.command("upstream-tree")
+def upstream_tree(
+    out: Annotated[Path, typer.Argument(help="Folder that does not exist, or is empty.")],
+    head: Annotated[Path | None, typer.Option(help="A checkout of EasyEdit: adds a patch for its own files.")] = None,
+) -> None:
+    """Write the files that would make this package EasyEdit's own WISE (docs/upstream.md)."""
+    from .easyedit.proposal import write_tree
+
+    with _errors_in_one_line():
+        files = write_tree(out, head)
+        _console().print(f"{len(files)} files written to {out}: PROPOSAL.md says what to do with them.", soft_wrap=True)
 
 
 if __name__ == "__main__":

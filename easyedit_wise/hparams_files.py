@@ -26,11 +26,13 @@ def read_settings(name_or_path: str | Path, alg_name: str = "WISE") -> dict[str,
     if path.is_file():
         text = path.read_text(encoding="utf-8")
     else:
-        packaged = resources.files("easyedit_wise") / "data" / "hparams" / alg_name / path.name
+        packaged = resources.files(__package__) / "data" / "hparams" / alg_name / path.name
         # Another folder's name means that folder: its file being absent must not pass unseen.
         is_name = path.parent.parts[-2:] in ((), ("hparams", alg_name))
         if not is_name or not packaged.is_file():
             names = packaged_hparams(alg_name)
+            if not names:  # of this algorithm, or of any, as inside EasyEdit
+                raise FileNotFoundError(f"{path} does not exist: name the YAML file of the settings.")
             raise FileNotFoundError(
                 f"{path} does not exist and no packaged settings are called {path.stem!r}"
                 f"{nearest(path.stem, names)} Packaged: {', '.join(names)}."
@@ -47,7 +49,7 @@ def read_settings(name_or_path: str | Path, alg_name: str = "WISE") -> dict[str,
 
 def packaged_hparams(alg_name: str = "WISE") -> list[str]:
     """Names of an algorithm's settings that are found without a path; none for an algorithm without any."""
-    folder = resources.files("easyedit_wise") / "data" / "hparams" / alg_name
+    folder = resources.files(__package__) / "data" / "hparams" / alg_name
     if not folder.is_dir():
         return []
     return sorted(entry.name[: -len(".yaml")] for entry in folder.iterdir() if entry.name.endswith(".yaml"))

@@ -15,13 +15,14 @@ from torch import nn
 from .adapter_format import CARD_FILE
 from .editing.stream import EditStream, HeldEdit
 from .hparams import WISEHyperParams
+from .identity import DISTRIBUTIONS, HOW_TO_GET_IT
 from .tuner.config import WiseConfig
 from .tuner.layer import WiseLayer, find_wise_layers
 
 N_SHOWN = 50
 _LONGEST_CELL = 200
 _TAGS = ("wise", "model-editing", "knowledge-editing", "easyedit")
-_PACKAGES = ("easyedit-wise", "peft", "transformers", "torch", "safetensors")
+_PACKAGES = (*DISTRIBUTIONS, "peft", "transformers", "torch", "safetensors")
 _JOINERS = "\u200c\u200d"  # format characters that words in several scripts need
 # What Markdown or HTML could read as more than a character.
 _SPECIAL = {character: f"&#{ord(character)};" for character in "&<>|\\`*_[]~$"}
@@ -168,7 +169,7 @@ def _use(base: str | None) -> str:
     name = json.dumps(base or "the-base-model")
     return f"""## Use
 
-With `pip install easyedit-wise`, in this folder (`.` is its path):
+{HOW_TO_GET_IT}, in this folder (`.` is its path):
 
 ```python
 from transformers import AutoModelForCausalLM

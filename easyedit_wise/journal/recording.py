@@ -17,6 +17,7 @@ from ..editing.held import Committed
 from ..editing.recorder import PREFIXES, WRITTEN
 from ..editing.requests import EditRequest
 from ..editing.stream import EditStream
+from ..identity import DISTRIBUTIONS
 from ..tuner.memory import LIVE, MemoryState
 from .database import digest_of
 from .entries import (
@@ -34,7 +35,7 @@ from .writing import JournalWriter
 
 # A long shard's state is kept after so many edits, so that not all of it has to be made again.
 _STATE_EVERY = 10
-_PACKAGES = ("easyedit-wise", "torch", "transformers", "peft")
+_PACKAGES = (*DISTRIBUTIONS, "torch", "transformers", "peft")
 
 
 def now() -> str:
