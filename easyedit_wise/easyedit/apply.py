@@ -22,6 +22,7 @@ from ..persistence import load_edits, save_edits
 from ..tuner.attach import attach, check_layer, detach
 from ..tuner.config import WiseConfig
 from ..tuner.model import find_wise_layers
+from ..undisturbed import undisturbed
 
 LOG = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class RestoreWeights(Mapping[str, Tensor]):
         return True
 
 
+@undisturbed
 def apply_wise_to_model(
     model: nn.Module,
     tok: Any,
@@ -130,6 +132,7 @@ def apply_wise_to_model(
     return model, RestoreWeights(lambda: _restore(model, stream, before, fresh))
 
 
+@undisturbed
 def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStream:
     """The stream of edits that a model carries, or a new one on a freshly wrapped layer.
 
@@ -195,6 +198,7 @@ def _save(model: nn.Module, adapter_name: str, path: str) -> None:
     save_edits(model, path, adapter_name)
 
 
+@undisturbed
 def _restore(model: nn.Module, stream: EditStream, before: Snapshot, fresh: bool) -> None:
     sink = stream.sink if isinstance(stream.sink, JournalSink) and not stream.sink.journal.database.closed else None
     if sink is not None or not fresh:

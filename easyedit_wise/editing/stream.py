@@ -18,6 +18,7 @@ from ..hparams import WISEHyperParams
 from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, MemoryState
+from ..undisturbed import undisturbed
 from .asked_again import write_what_is_needed
 from .consolidated import train_into
 from .elsewhere import with_elsewhere
@@ -109,6 +110,7 @@ class EditStream:
 
     # -- the stream ---------------------------------------------------------------------------
 
+    @undisturbed
     def apply(
         self,
         requests: Sequence[EditRequest],
@@ -163,6 +165,7 @@ class EditStream:
         for request in requests:
             encode_pair(self.tok, self._recorder.rendered(request.prompt), request.target)
 
+    @undisturbed
     def snapshot(self) -> Snapshot:
         """The present contents, to be put back by :meth:`restore`."""
         states = self.layer.memories(self.adapter_name)
@@ -172,6 +175,7 @@ class EditStream:
         generator = self._generator.get_state()
         return Snapshot(tuple(states), tuple(self.held), generator, self._open_shard, values, self._elsewhere)
 
+    @undisturbed
     def restore(self, snapshot: Snapshot) -> None:
         """Put contents back as they were at :meth:`snapshot`."""
         states = list(snapshot.states)
@@ -304,6 +308,7 @@ class EditStream:
     def _held_outside(self, place: int) -> list[HeldEdit]:
         return [held for held in self.held if held.memory != place]
 
+    @undisturbed
     def close_memory(self) -> None:
         """Fold the open shards into a memory now, although there is room for more edits; none open: nothing."""
         states = self.layer.memories(self.adapter_name)

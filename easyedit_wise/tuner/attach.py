@@ -11,6 +11,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from ..undisturbed import undisturbed
 from .config import WiseConfig
 from .hooks import remove_hooks
 from .layer import WiseLayer, linear_map_shape
@@ -69,6 +70,7 @@ def _names_that_fit(name: str, fitting: list[str]) -> str:
     return f"{text}Linear maps of this model: {', '.join(fitting[:12])}."
 
 
+@undisturbed
 def attach(model: nn.Module, config: WiseConfig, adapter_name: str = "default") -> WiseLayer:
     """Wrap the one layer that ``config.target_modules`` names, in place, frozen for inference.
 
@@ -145,6 +147,7 @@ def _inject(model: nn.Module, config: WiseConfig, adapter_name: str, fresh: bool
         model.__dict__[_TRANSFORMERS_FLAG] = True
 
 
+@undisturbed
 def detach(model: nn.Module) -> None:
     """Take every WISE layer off: the very modules, hooks and trainability from before :func:`attach`.
 
