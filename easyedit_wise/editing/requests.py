@@ -21,7 +21,8 @@ class EditRequest:
         prompt: x_e.
         target: y_e, without a leading space.
         subject: what the prompt is about, if known; it occurs in the prompt.
-        loc_prompt: an irrelevant prompt x_i, or None: packaged neutral prompts serve.
+        loc_prompt: an irrelevant prompt x_i, or None: packaged neutral prompts serve. Of one that is longer than the
+            model has positions for, the end counts.
     """
 
     prompt: str

@@ -28,7 +28,7 @@ from .open_shard import OpenShard
 from .overruled import overruled, standing, without_repeats
 from .recorded import RecordedEdit
 from .recorder import PromptRecorder, plain_edits
-from .requests import EditRequest, encode_pair
+from .requests import EditRequest
 from .shards import (
     close_shard,
     is_full,
@@ -130,8 +130,8 @@ class EditStream:
 
         Raises:
             EditDivergedError: the loss became NaN or infinite; that batch was taken back, the ones before it stand.
-            ValueError: a target tokenises to nothing, or the model has no chat template but needs one;
-                not one edit was made.
+            ValueError: a target tokenises to nothing, or the model has no chat template but needs one, or has fewer
+                positions than a prompt and its target have tokens; not one edit was made.
             Whatever the :attr:`sink` raises: the batch that it was told of was taken back.
         """
         self.check(requests)  # all of them before the first: a bad one must not stop a stream half-way
@@ -160,10 +160,11 @@ class EditStream:
         """Whether edits can be asked for.
 
         Raises:
-            ValueError: a target tokenises to nothing, or the model has no chat template but needs one.
+            ValueError: a target tokenises to nothing, or the model has no chat template but needs one, or has fewer
+                positions than a prompt and its target have tokens.
         """
         for request in requests:
-            encode_pair(self.tok, self._recorder.rendered(request.prompt), request.target)
+            self._recorder.room.check(request)
 
     @undisturbed
     def snapshot(self) -> Snapshot:
