@@ -42,8 +42,8 @@ class NormalEquations:
     def empty(cls, columns: Tensor, d_out: int) -> NormalEquations:
         """Nothing wanted yet, in fp32 on the columns' device."""
         n = len(columns)
-        square = torch.zeros(n, n, device=columns.device)
-        return cls(columns, square, torch.zeros(d_out, n, device=columns.device), square)
+        square = torch.zeros(n, n, dtype=torch.float32, device=columns.device)
+        return cls(columns, square, square.new_zeros(d_out, n), square)
 
     def saying(self, activations: Tensor, outputs: Tensor, weights: Tensor) -> NormalEquations:
         """With some tokens of edits: a_t, shape (N, d_in), y_t, shape (N, d_out), and w_t, shape (N,)."""

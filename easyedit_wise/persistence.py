@@ -46,11 +46,13 @@ from .tuner.layer import WiseLayer
 from .tuner.model import find_wise_layers
 from .tuner.packing import PackingError
 from .tuner.replacing import all_or_nothing
+from .undisturbed import undisturbed
 
 # PEFT's checkpoints name modules as seen from the wrapping PeftModel.
 _PEFT_PREFIX = "base_model.model."
 
 
+@undisturbed
 def save_edits(
     model: nn.Module,
     path: str | Path,
@@ -153,6 +155,7 @@ def _write(
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@undisturbed
 def load_edits(
     model: nn.Module,
     path: str | Path,

@@ -122,7 +122,9 @@ def sustained_activation(token_scores: Tensor, token_mask: Tensor | None = None)
         return torch.full_like(kept.sum(dim=-1), math.inf)
     counted = (n_tokens // _SUSTAINED_SHARE).clamp(min=_SUSTAINED_TOKENS)
     loudest = kept.topk(max(_SUSTAINED_TOKENS, length // _SUSTAINED_SHARE), dim=-1).values
-    mean = loudest.cumsum(dim=-1).gather(-1, counted[..., None] - 1).squeeze(-1) / counted
+    # Not by a running sum, of which torch has no deterministic one on CUDA.
+    first = torch.arange(loudest.shape[-1], device=loudest.device) < counted[..., None]
+    mean = torch.where(first, loudest, torch.zeros_like(loudest)).sum(dim=-1) / counted
     return torch.where(n_tokens >= _SUSTAINED_TOKENS, mean, torch.full_like(mean, math.inf))
 
 

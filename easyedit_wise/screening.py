@@ -32,7 +32,8 @@ def random_projection(d_out: int, generator: torch.Generator, rows: int = SKETCH
     Returns:
         Shape (rows, d_out), fp32.
     """
-    return torch.randn(rows, d_out, generator=generator) / math.sqrt(rows)
+    drawn = torch.randn(rows, d_out, generator=generator, dtype=torch.float32, device=generator.device)
+    return drawn / math.sqrt(rows)
 
 
 def sketch(delta_weight: Tensor, projection: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ def random_mask(shape: Sequence[int], rho: float, generator: torch.Generator, de
     _check_rho(rho)
     mask = torch.empty(tuple(shape), dtype=torch.bool, device=generator.device)
     for block in mask.view(-1).split(_BLOCK):
-        uniform = torch.rand(block.numel(), generator=generator, device=generator.device)
+        uniform = torch.rand(block.numel(), generator=generator, dtype=torch.float32, device=generator.device)
         torch.lt(uniform, rho, out=block)
     return mask.to(device)
 

@@ -24,6 +24,7 @@ from ..tuner.attach import attach, check_layer, detach
 from ..tuner.config import WiseConfig
 from ..tuner.model import find_wise_layers
 from ..tuner.value_matrices import value_matrix_of
+from ..undisturbed import undisturbed
 from .saving import lend_save, saver_of
 
 LOG = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class RestoreWeights(Mapping[str, Tensor]):
         return True
 
 
+@undisturbed
 def apply_wise_to_model(
     model: nn.Module,
     tok: Any,
@@ -143,6 +145,7 @@ def apply_wise_to_model(
     return model, RestoreWeights(lambda: _restore(model, stream, before, fresh))
 
 
+@undisturbed
 def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStream:
     """The stream of edits that a model carries, or a new one on a freshly wrapped layer.
 
@@ -216,6 +219,7 @@ def wise_config(model: nn.Module, module_name: str, hparams: WISEHyperParams) ->
     )
 
 
+@undisturbed
 def _restore(model: nn.Module, stream: EditStream, before: Snapshot, fresh: bool) -> None:
     sink = stream.sink if isinstance(stream.sink, JournalSink) and not stream.sink.journal.database.closed else None
     if sink is not None or not fresh:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..positions import position_limit
 from ..tuner.devices import computing_device
 
 _SAMPLES, _SAMPLE_LENGTH, _BATCH = 128, 64, 64
@@ -40,8 +41,10 @@ def second_moments_of_texts(
     Raises:
         ValueError: the texts have no token.
     """
-    windows = [ids[i : i + _WINDOW] for ids in (tok(text)["input_ids"] for text in texts) for i in _starts(ids)]
-    return _moments(model, modules, [[window] for window in windows])
+    window = min(_WINDOW, position_limit(model) or _WINDOW)
+    encoded = (tok(text)["input_ids"] for text in texts)
+    windows = [ids[i : i + window] for ids in encoded for i in range(0, len(ids), window)]
+    return _moments(model, modules, [[ids] for ids in windows])
 
 
 @torch.no_grad()
@@ -52,6 +55,7 @@ def second_moments_of_samples(
     start = next((i for i in (tok.bos_token_id, tok.eos_token_id, tok.pad_token_id) if i is not None), 0)
     device = computing_device(model)
     prompt = torch.full((_BATCH, 1), start, device=device)
+    length = min(_SAMPLE_LENGTH, (position_limit(model) or _SAMPLE_LENGTH + 1) - 1)
     written: list[list[list[int]]] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -61,8 +65,8 @@ def second_moments_of_samples(
                 attention_mask=torch.ones_like(prompt),
                 do_sample=True,
                 top_k=0,
-                min_new_tokens=_SAMPLE_LENGTH,
-                max_new_tokens=_SAMPLE_LENGTH,
+                min_new_tokens=length,
+                max_new_tokens=length,
                 pad_token_id=start,
             )
             written.append(rows.tolist())
@@ -83,10 +87,6 @@ def _moments(
                 model(input_ids=torch.tensor(rows, device=device), use_cache=False)
     counts = {count for _, count in sums.values()}
     return {name: (total / count).float() for name, (total, count) in sums.items()}, max(counts)
-
-
-def _starts(ids: Sequence[int]) -> range:
-    return range(0, len(ids), _WINDOW)
 
 
 @contextlib.contextmanager

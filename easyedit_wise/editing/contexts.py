@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..positions import shortened
 from ..tuner.devices import computing_device
 from .continuation import continued
 
@@ -34,7 +35,13 @@ def without_special(logits: Tensor, tok: Any) -> Tensor:
 
 @torch.no_grad()
 def generate_prefixes(
-    model: nn.Module, tok: Any, n_contexts: int, length: int, generator: torch.Generator, top_k: int = 50
+    model: nn.Module,
+    tok: Any,
+    n_contexts: int,
+    length: int,
+    generator: torch.Generator,
+    top_k: int = 50,
+    limit: int | None = None,
 ) -> list[str]:
     """Texts that the model itself samples from nothing, to be put before a prompt.
 
@@ -45,6 +52,7 @@ def generate_prefixes(
         length: tokens of each.
         generator: the only source of randomness, on the CPU.
         top_k: sample among this many most likely tokens.
+        limit: for how many tokens the model has positions; None: there is no end.
 
     Returns:
         ``n_contexts`` stripped, non-empty texts.
@@ -57,18 +65,19 @@ def generate_prefixes(
         values, tokens = without_special(logits, tok).topk(min(top_k, logits.shape[-1]), dim=-1)
         return tokens.gather(-1, torch.multinomial(values.softmax(dim=-1), 1, generator=generator))
 
-    ids = continued(model, start, torch.ones_like(start), length, sampled)
+    ids = continued(model, start, torch.ones_like(start), length, sampled, limit)
     texts = [tok.decode(row[1:], skip_special_tokens=True).strip() for row in ids]
     return [text or str(tok.decode(row[-1:])) for text, row in zip(texts, ids, strict=True)]
 
 
 @torch.no_grad()
-def fixed_prefixes(model: nn.Module, tok: Any) -> list[str]:
+def fixed_prefixes(model: nn.Module, tok: Any, limit: int | None = None) -> list[str]:
     """EasyEdit's ten: five fixed words, each with 5 and then each with 10 greedy tokens behind it.
 
     Args:
         model: f_Theta, with its side memories off.
         tok: its tokenizer.
+        limit: for how many tokens the model has positions; None: there is no end.
 
     Returns:
         Ten texts, as they are decoded, with the word that each begins with.
@@ -80,7 +89,9 @@ def fixed_prefixes(model: nn.Module, tok: Any) -> list[str]:
     for word in FIXED_WORDS:
         ids = list(tok(word)["input_ids"])
         n_word = len(ids)
-        while len(ids) < n_word + max(FIXED_LENGTHS) and (len(ids) == n_word or ids[-1] not in ends):
+        length = n_word + max(FIXED_LENGTHS)
+        length = length if limit is None else min(length, limit)
+        while len(ids) < length and (len(ids) == n_word or ids[-1] not in ends):
             tokens = torch.tensor([ids], device=device)
             ids.append(int(model(input_ids=tokens, use_cache=False).logits[0, -1].argmax()))
         continued.append((n_word, ids))
@@ -91,13 +102,27 @@ def fixed_prefixes(model: nn.Module, tok: Any) -> list[str]:
     ]
 
 
-def behind(prefix: str, prompt: str, fixed: bool = False) -> str:
-    """The prompt behind a prefix: as a sentence of its own, or, behind a fixed one, as EasyEdit has it."""
-    return f"{prefix} {prompt}" if fixed else f"{prefix}. {prompt}"
+def behind(prefix: str, prompt: str, fixed: bool = False, excess: Callable[[str], int] | None = None) -> str:
+    """The prompt behind a prefix: as a sentence of its own, or, behind a fixed one, as EasyEdit has it.
+
+    Args:
+        prefix: what is put before it.
+        prompt: stays whole.
+        fixed: the prefix is one of EasyEdit's fixed ones.
+        excess: how many tokens a context is too long: so much of the prefix's beginning is left out. None: none is.
+    """
+    between = " " if fixed else ". "
+    if excess is not None:
+        prefix = shortened(prefix, lambda left: excess(f"{left}{between}{prompt}"))
+    return f"{prefix}{between}{prompt}" if prefix or excess is None else prompt
 
 
 def context_groups(
-    prompt: str, prefixes: Sequence[str], group_size: int | None = None, fixed: bool = False
+    prompt: str,
+    prefixes: Sequence[str],
+    group_size: int | None = None,
+    fixed: bool = False,
+    excess: Callable[[str], int] | None = None,
 ) -> list[list[str]]:
     """The plain prompt and the prompt behind each prefix, in groups that all begin with the plain prompt.
 
@@ -106,8 +131,9 @@ def context_groups(
         prefixes: what to put before it.
         group_size: texts in one group; None for a single group of them all.
         fixed: the prefixes are EasyEdit's fixed ones.
+        excess: as in :func:`behind`.
     """
-    return in_groups(prompt, [behind(prefix, prompt, fixed) for prefix in prefixes], group_size)
+    return in_groups(prompt, [behind(prefix, prompt, fixed, excess) for prefix in prefixes], group_size)
 
 
 def in_groups(prompt: str, augmented: Sequence[str], group_size: int | None = None) -> list[list[str]]:

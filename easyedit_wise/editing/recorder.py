@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from ..data import neutral_prompts
 from ..hparams import WISEHyperParams
+from ..positions import position_limit
 from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
 from ..wording import Wording
 from .contexts import fixed_prefixes, generate_prefixes
-from .continuation import continued, last_logits_only, likeliest
+from .continuation import continued, last_logits_only, likeliest, with_room
 from .endings import endings
 from .frozen_prefix import FrozenPrefix, layer_input_of
 from .layer_units import LayerUnits
@@ -27,6 +29,7 @@ from .padded_batch import padded_contexts, padded_irrelevant
 from .recorded import RecordedEdit
 from .replay_plan import ReplayPlan
 from .requests import EditRequest, TokenBatch, encode_pair, left_padded, pair_batch, prompt_batch
+from .room import Room
 from .scored import ScoredInputs
 from .task import RecordedContexts
 from .written import WrittenText, written_tokens
@@ -93,6 +96,16 @@ class PromptRecorder:
         """The tokens of an edit's prompt with its target behind it, and how many are the prompt's."""
         return encode_pair(self.wording, self.rendered(request.prompt), request.target, request.separator)
 
+    @cached_property
+    def _limit(self) -> int | None:
+        # Not when the recorder is made: a model that is just being copied has no modules yet.
+        return position_limit(self.model)
+
+    @property
+    def room(self) -> Room:
+        """What of a text the model has positions for."""
+        return Room(self._limit, self.wording, self.hparams)
+
     def prefixes(self) -> list[str]:
         """The sampled prefixes of the augmentation, the same for every edit of a model.
 
@@ -110,9 +123,9 @@ class PromptRecorder:
             generator = torch.Generator().manual_seed(seed)
             with self.main_memory_only():
                 cache[key] = (
-                    fixed_prefixes(self.model, self.tok)
+                    fixed_prefixes(self.model, self.tok, self._limit)
                     if self.hparams.fixed_contexts
-                    else generate_prefixes(self.model, self.tok, n_contexts, length, generator)
+                    else generate_prefixes(self.model, self.tok, n_contexts, length, generator, limit=self._limit)
                 )
         return cache[key]
 
@@ -127,7 +140,9 @@ class PromptRecorder:
             if key not in texts:
                 generator = torch.Generator().manual_seed(self.hparams.seed)
                 with self.main_memory_only():
-                    texts[key] = written_tokens(self.model, self.tok, _WRITTEN_TEXTS, _WRITTEN_LENGTH, generator)
+                    texts[key] = written_tokens(
+                        self.model, self.tok, _WRITTEN_TEXTS, _WRITTEN_LENGTH, generator, self._limit
+                    )
             inputs = []
             for ids in texts[key].to(self._device()).split(_SCORING_BATCH):
                 real = torch.ones_like(ids)
@@ -139,16 +154,18 @@ class PromptRecorder:
         return type(self.tok).__name__, getattr(self.tok, "name_or_path", None), getattr(self.tok, "vocab_size", None)
 
     def endings(self, requests: Sequence[EditRequest]) -> list[int | None]:
-        """The token behind each target, as the main memory would go on, see :mod:`.endings`."""
+        """The token behind each target, as the main memory would go on, see :mod:`.endings`; none without room."""
         pairs = [self.pair(request) for request in requests]
         ids, mask = left_padded(self.tok, [tokens for tokens, _ in pairs], self._device())
         batch = TokenBatch(ids, mask, mask.bool(), torch.zeros_like(mask.bool()))
         inputs = {**self._model_inputs(batch), **last_logits_only(self.model)}
         with self.main_memory_only():
-            return endings(self.model, self.tok, inputs, pairs)
+            found = endings(self.model, self.tok, inputs, pairs)
+        full = [len(tokens) == self._limit for tokens, _ in pairs]
+        return [None if is_full else last for last, is_full in zip(found, full, strict=True)]
 
     def after_answers(self, requests: Sequence[EditRequest], endings: Sequence[int | None] | None) -> ScoredInputs:
-        """What the main memory would write behind each target and its ending, ``after_answer`` tokens.
+        """What the main memory would write behind each target and its ending, ``after_answer`` tokens at most.
 
         Args:
             requests: the edits.
@@ -160,12 +177,12 @@ class PromptRecorder:
             tokens, _ = self.pair(request)
             texts.append(tokens if last is None else [*tokens, last])
         ids, mask = left_padded(self.tok, texts, self._device())
-        n_tokens = self.hparams.after_answer
         with self.main_memory_only():
-            ids = continued(self.model, ids, mask, n_tokens, likeliest)
-        mask = torch.cat([mask, mask.new_ones(len(mask), n_tokens)], dim=-1)
+            ids = continued(self.model, ids, mask, self.hparams.after_answer, likeliest, self._limit)
+        n_tokens = ids.shape[1] - mask.shape[1]
+        mask = with_room(mask, n_tokens, self._limit)
         # From the last token of the answer on, which says how to go on.
-        behind = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - n_tokens - 1).expand_as(ids)
+        behind = (torch.arange(ids.shape[1], device=ids.device) >= ids.shape[1] - n_tokens - 1) & mask.bool()
         return self._scored_batch(TokenBatch(ids, mask, mask.bool(), ~mask.bool()), behind)
 
     def contexts(
@@ -188,7 +205,8 @@ class PromptRecorder:
         owners = [request for own, request in zip(prompts, requests, strict=True) for _ in own]
         if self.hparams.padding_counts:
             (request,) = requests
-            batch = padded_contexts(self.tok, texts, request.target, request.loc_prompt, self._device())
+            irrelevant = None if request.loc_prompt is None else self.room.of(request.loc_prompt, str)
+            batch = padded_contexts(self.tok, texts, request.target, irrelevant, self._device())
         else:
             last = None
             if endings is not None:
@@ -219,7 +237,7 @@ class PromptRecorder:
     def own_irrelevant(self, requests: Sequence[EditRequest]) -> list[ScoredInputs | None]:
         """The irrelevant prompt of each request that has one."""
         own = [index for index, request in enumerate(requests) if request.loc_prompt is not None]
-        texts = [self.rendered(prompt) for request in requests if (prompt := request.loc_prompt) is not None]
+        texts = [self.room.of(prompt) for request in requests if (prompt := request.loc_prompt) is not None]
         scored = self.scored(texts) if texts else None
         found: list[ScoredInputs | None] = [None] * len(requests)
         for row, index in enumerate(own):
@@ -232,7 +250,8 @@ class PromptRecorder:
             return None
         texts = [self.rendered(prompt) for prompt in prompts]
         # As it is, not as a user's turn: EasyEdit renders the contexts alone.
-        batch = padded_irrelevant(self.tok, texts, request.target, request.loc_prompt, self._device())
+        irrelevant = self.room.of(request.loc_prompt, str)
+        batch = padded_irrelevant(self.tok, texts, request.target, irrelevant, self._device())
         return self._scored_batch(batch, batch.counted_mask)
 
     def neutral(self) -> ScoredInputs:
@@ -252,7 +271,7 @@ class PromptRecorder:
     def _neutral_and_units(self) -> tuple[ScoredInputs, LayerUnits]:
         key = (self.hparams.use_chat_template, self.hparams.score_activation is not None)
         if key not in self._neutral:
-            exact = self.scored([self.rendered(prompt) for prompt in neutral_prompts()])
+            exact = self.scored([self.room.of(prompt) for prompt in neutral_prompts()])
             with self.main_memory_only(), torch.no_grad():
                 units = LayerUnits.of(exact.activations, self.layer.base_layer(exact.activations))
             self._neutral[key] = (exact.in_16_bits(), units)

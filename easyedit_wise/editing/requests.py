@@ -24,7 +24,8 @@ class EditRequest:
         prompt: x_e.
         target: y_e; white space that it begins with is a part of it.
         subject: what the prompt is about, if known; it occurs in the prompt.
-        loc_prompt: an irrelevant prompt x_i, or None: packaged neutral prompts serve.
+        loc_prompt: an irrelevant prompt x_i, or None: packaged neutral prompts serve. Of one that is longer than the
+            model has positions for, the end counts.
         separator: what stands between prompt and target, see :func:`..separators.gap`.
     """
 

@@ -20,6 +20,7 @@ from ..tuner.devices import computing_device
 from ..tuner.layer import WiseLayer
 from ..tuner.memory import LIVE, MERGED, MemoryState
 from ..tuner.value_matrices import as_parameter
+from ..undisturbed import undisturbed
 from .asked_again import write_what_is_needed
 from .consolidated import train_into
 from .elsewhere import with_elsewhere
@@ -118,6 +119,7 @@ class EditStream:
 
     # -- the stream ---------------------------------------------------------------------------
 
+    @undisturbed
     def apply(
         self,
         requests: Sequence[EditRequest],
@@ -137,8 +139,8 @@ class EditStream:
 
         Raises:
             EditDivergedError: the loss became NaN or infinite; that batch was taken back, the ones before it stand.
-            ValueError: a target tokenises to nothing, or the model has no chat template but needs one;
-                not one edit was made.
+            ValueError: a target tokenises to nothing, or the model has no chat template but needs one, or has fewer
+                positions than a prompt and its target have tokens; not one edit was made.
             Whatever the :attr:`sink` raises: the batch that it was told of was taken back.
         """
         self.check(requests)  # all of them before the first: a bad one must not stop a stream half-way
@@ -167,8 +169,9 @@ class EditStream:
         """Whether edits can be asked for.
 
         Raises:
-            ValueError: a target tokenises to nothing, the model has no chat template but needs one, or a request names
-                a separator that EasyEdit's arithmetic does not have.
+            ValueError: a target tokenises to nothing, the model has no chat template but needs one, or has fewer
+                positions than a prompt and its target have tokens, or a request names a separator that EasyEdit's
+                arithmetic does not have.
         """
         for request in requests:
             if self.hparams.padding_counts and request.separator != SPACE:
@@ -177,8 +180,9 @@ class EditStream:
                     "padding_counts, as in EasyEdit, there is a space before every target: leave it out, or set "
                     "target_separator: space."
                 )
-            self._recorder.pair(request)
+            self._recorder.room.check(request)
 
+    @undisturbed
     def snapshot(self) -> Snapshot:
         """The present contents, to be put back by :meth:`restore`."""
         states = self.layer.memories(self.adapter_name)
@@ -188,6 +192,7 @@ class EditStream:
         generator = self._generator.get_state()
         return Snapshot(tuple(states), tuple(self.held), generator, self._open_shard, values, self._elsewhere)
 
+    @undisturbed
     def restore(self, snapshot: Snapshot) -> None:
         """Put contents back as they were at :meth:`snapshot`."""
         states = list(snapshot.states)
@@ -321,6 +326,7 @@ class EditStream:
     def _held_outside(self, place: int) -> list[HeldEdit]:
         return [held for held in self.held if held.memory != place]
 
+    @undisturbed
     def close_memory(self) -> None:
         """Fold the open shards into a memory now, although there is room for more edits; none open: nothing."""
         states = self.layer.memories(self.adapter_name)

@@ -167,10 +167,10 @@ class TaskMaker:
         return size, max(1, budget // (length * size))
 
     def _context_groups(self, request: EditRequest, size: int | None) -> list[list[str]]:
-        prefixes = self._recorder.prefixes()
+        prefixes, excess = self._recorder.prefixes(), self._recorder.room.excess(request)
         if not self.hparams.varied_contexts:
-            return context_groups(request.prompt, prefixes, size, self.hparams.fixed_contexts)
-        varied = varied_contexts(request.prompt, request.subject, prefixes, self._generator)
+            return context_groups(request.prompt, prefixes, size, self.hparams.fixed_contexts, excess)
+        varied = varied_contexts(request.prompt, request.subject, prefixes, self._generator, excess=excess)
         return in_groups(request.prompt, varied, size)
 
     def _about_others(self, requests: Sequence[EditRequest]) -> ScoredInputs | None:
@@ -180,7 +180,7 @@ class TaskMaker:
             if request.subject is not None:
                 count, named = self.hparams.other_subjects, other_subjects()
                 texts += about_others(request.prompt, request.subject, named, count, self._generator)
-        return self._recorder.scored([self._recorder.rendered(text) for text in texts]) if texts else None
+        return self._recorder.scored([self._recorder.room.of(text) for text in texts]) if texts else None
 
     def _related(self, requests: Sequence[EditRequest], elsewhere: Sequence[EditRequest]) -> ScoredInputs | None:
         """Edits of other memories, with their targets, that share tokens with one of these."""
@@ -234,7 +234,7 @@ class TaskMaker:
         neutral, count, tok = neutral_prompts(), self.hparams.scrambled, self._recorder.tok
         targets = [one.answer for one in requests]
         mixed = [text for one in targets for text in scrambled(one, neutral, count, tok, self._generator)]
-        return self._recorder.scored([self._recorder.rendered(text) for text in mixed]) if mixed else None
+        return self._recorder.scored([self._recorder.room.of(text) for text in mixed]) if mixed else None
 
     def _irrelevant_inputs(self, own: Sequence[ScoredInputs | None]) -> tuple[ScoredInputs, list[Tensor]]:
         """x_i of Eq. 5: each request's own irrelevant prompt, and packaged neutral ones for all of them.

@@ -7,11 +7,13 @@ in its place. Not in the paper, which puts random prefixes before the prompt and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
+
+from .contexts import behind
 
 # A long target gives some of its tokens to each text.
 _SCRAMBLED_TOKENS = 24
@@ -85,13 +87,20 @@ def scrambled(target: str, others: Sequence[str], count: int, tok: Any, generato
 
 
 def varied_contexts(
-    prompt: str, subject: str | None, prefixes: Sequence[str], generator: torch.Generator, share: float = 0.5
+    prompt: str,
+    subject: str | None,
+    prefixes: Sequence[str],
+    generator: torch.Generator,
+    share: float = 0.5,
+    excess: Callable[[str], int] | None = None,
 ) -> list[str]:
     """One context for each prefix, of three kinds that take turns.
 
     The prompt behind a prefix, as in the paper; the prompt with words left out; the subject alone behind a prefix, so
     that the answer follows from whom or what a question is about. Where the subject is not known, the third is the
     prompt with words left out behind a prefix.
+
+    Of a prefix as much of the beginning is left out as a context is too long, by ``excess`` tokens; None: nothing is.
     """
     contexts = []
     for index, prefix in enumerate(prefixes):
@@ -99,5 +108,5 @@ def varied_contexts(
         text = prompt if kind == 0 else words_left_out(prompt, subject, share, generator)
         if kind == 2 and subject:
             text = subject + white_end(prompt)
-        contexts.append(text if kind == 1 else f"{prefix}. {text}")
+        contexts.append(text if kind == 1 else behind(prefix, text, excess=excess))
     return contexts

@@ -40,7 +40,9 @@ class WrittenText:
 
 
 @torch.no_grad()
-def written_tokens(model: nn.Module, tok: Any, n_texts: int, length: int, generator: torch.Generator) -> Tensor:
+def written_tokens(
+    model: nn.Module, tok: Any, n_texts: int, length: int, generator: torch.Generator, limit: int | None = None
+) -> Tensor:
     """Texts that the model samples from nothing, from its whole distribution.
 
     Args:
@@ -49,16 +51,17 @@ def written_tokens(model: nn.Module, tok: Any, n_texts: int, length: int, genera
         n_texts: how many.
         length: tokens of each, the one that it begins with among them.
         generator: the only source of randomness, on the CPU.
+        limit: for how many tokens the model has positions; None: there is no end.
 
     Returns:
-        Token ids, int64, shape (n_texts, length).
+        Token ids, int64, shape (n_texts, length), or (n_texts, limit).
     """
     ids = torch.full((n_texts, 1), start_token(tok), device=computing_device(model))
 
     def sampled(logits: Tensor) -> Tensor:
         return torch.multinomial(without_special(logits, tok).softmax(dim=-1), 1, generator=generator)
 
-    return continued(model, ids, torch.ones_like(ids), length - 1, sampled).cpu()
+    return continued(model, ids, torch.ones_like(ids), length - 1, sampled, limit).cpu()
 
 
 def spread(activations: Tensor) -> Tensor:

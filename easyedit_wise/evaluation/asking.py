@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from easyedit_wise.positions import position_limit
 from easyedit_wise.wording import Wording
 
 _TOKENS_A_BATCH = 2048
@@ -33,6 +34,22 @@ class Query:
 
     prompt: str
     answer: str
+
+
+class TextTooLongError(ValueError):
+    """A model was asked a text that it has no positions for.
+
+    Attributes:
+        text: the text, or the prompt where an answer stands behind it.
+    """
+
+    def __init__(self, text: str, n_tokens: int, limit: int) -> None:
+        start = text if len(text) <= 80 else f"{text[:77]}..."
+        super().__init__(
+            f"The text {start!r}, with the answer where there is one, has {n_tokens} tokens, but the model has "
+            f"positions for {limit}: shorten it, leave its record out, or score a model that reads longer texts."
+        )
+        self.text = text
 
 
 @dataclass(frozen=True)
@@ -77,9 +94,12 @@ def teacher_forced(model: Any, tok: Any, queries: Sequence[Query], batch_size: i
 
     Raises:
         ValueError: no queries, an empty prompt or answer, or an answer without a token of its own.
+        TextTooLongError: a query is longer than the model has positions for.
     """
     _require("queries", queries, batch_size)
-    return _predict(model, tok, [_encode_query(tok, query) for query in queries], batch_size)
+    encoded = [_encode_query(tok, query) for query in queries]
+    _require_room(model, [(query.prompt, len(ids)) for query, (ids, _) in zip(queries, encoded, strict=True)])
+    return _predict(model, tok, encoded, batch_size)
 
 
 def predict_texts(model: Any, tok: Any, texts: Sequence[str], batch_size: int = 16) -> list[TokenPrediction]:
@@ -87,6 +107,7 @@ def predict_texts(model: Any, tok: Any, texts: Sequence[str], batch_size: int = 
 
     Raises:
         ValueError: no texts, or one of fewer than two tokens.
+        TextTooLongError: a text is longer than the model has positions for.
     """
     _require("texts", texts, batch_size)
     plain = Wording.of(tok).tok  # a text is nobody's turn in a chat
@@ -94,6 +115,7 @@ def predict_texts(model: Any, tok: Any, texts: Sequence[str], batch_size: int = 
     for text, (ids, _) in zip(texts, encoded, strict=True):
         if len(ids) < 2:
             raise ValueError(f"The text {text!r} has fewer than two tokens: there is nothing to predict.")
+    _require_room(model, [(text, len(ids)) for text, (ids, _) in zip(texts, encoded, strict=True)])
     return _predict(model, tok, encoded, batch_size)
 
 
@@ -128,23 +150,26 @@ def greedy_answers(
     """What the model writes after each prompt when it always takes its most likely token.
 
     The texts come in the order of the prompts, without the prompt, and end before an end-of-text
-    token. Neither the tokenizer's padding side and token matter nor ``use_cache``.
+    token, or where the model has no position for more. Neither the tokenizer's padding side and token matter nor
+    ``use_cache``.
 
     Raises:
         ValueError: no prompts or an empty one.
+        TextTooLongError: a prompt is longer than the model has positions for.
     """
     _require("prompts", prompts, batch_size)
     encoded = [prompt_tokens(tok, prompt) for prompt in prompts]
+    _require_room(model, [(prompt, len(ids)) for prompt, ids in zip(prompts, encoded, strict=True)])
     ends = _end_tokens(model, tok)
     answers: dict[int, str] = {}
     with _asking(model):
-        for batch in _batches([len(ids) for ids in encoded], batch_size):
+        for batch, n_new in _answered_batches([len(ids) for ids in encoded], batch_size, max_new_tokens, model):
             inputs = _left_padded(model, tok, [encoded[i] for i in batch])
             # A checkpoint's generation_config may ask for sampling or penalties, and would then
             # not give the model's most likely answer: what is named here overrules it.
             written = model.generate(
                 **inputs,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=n_new,
                 use_cache=use_cache,
                 do_sample=False,
                 num_beams=1,
@@ -176,6 +201,14 @@ def _require(name: str, values: Sequence[object], batch_size: int) -> None:
         raise ValueError(f"There are no {name} to ask the model.")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+
+
+def _require_room(model: Any, texts: Sequence[tuple[str, int]]) -> None:
+    """Raise for the first text, given with its number of tokens, that the model has no positions for."""
+    limit = position_limit(model)
+    for text, n_tokens in texts:
+        if limit is not None and n_tokens > limit:
+            raise TextTooLongError(text, n_tokens, limit)
 
 
 @contextmanager
@@ -256,6 +289,21 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
         batch.append(index)
     if batch:
         yield batch
+
+
+def _answered_batches(
+    lengths: Sequence[int], batch_size: int, max_new_tokens: int, model: Any
+) -> Iterator[tuple[list[int], int]]:
+    """:func:`_batches`, each with how many tokens to write; what the model has positions for less of stands alone."""
+    limit = position_limit(model)
+    # The last token that is written is not read any more.
+    room = [max_new_tokens if limit is None else min(max_new_tokens, limit - length + 1) for length in lengths]
+    roomy = [i for i, one in enumerate(room) if one == max_new_tokens]
+    for batch in _batches([lengths[i] for i in roomy], batch_size):
+        yield [roomy[i] for i in batch], max_new_tokens
+    for i, one in enumerate(room):
+        if one < max_new_tokens:
+            yield [i], one
 
 
 def _pad_token(tok: Any) -> int:

@@ -11,7 +11,14 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from easyedit_wise.evaluation.asking import Query, greedy_answers, predict_texts, shared_tokens, teacher_forced
+from easyedit_wise.evaluation.asking import (
+    Query,
+    TextTooLongError,
+    greedy_answers,
+    predict_texts,
+    shared_tokens,
+    teacher_forced,
+)
 from easyedit_wise.evaluation.records import FactRecord
 from easyedit_wise.evaluation.scores import Answers, FinalScores, RecordAnswers, RecordScores, score_record, summarise
 
@@ -89,9 +96,25 @@ def _ask(
     batch_size: int,
     use_cache: bool = True,
 ) -> list[RecordAnswers]:
-    """All prompts of all records in one pass each way, so that batches are full; the same prompt is asked once."""
+    """:func:`_ask_all`, with the record named that the model cannot read."""
     if not records:
         raise ValueError("There are no records to ask the model.")
+    try:
+        return _ask_all(model, tok, records, max_new_tokens, batch_size, use_cache)
+    except TextTooLongError as error:
+        number, record = next((i, one) for i, one in enumerate(records, 1) if error.text in one.scored_prompts())
+        raise ValueError(f"Record {number} ({record.prompt!r} -> {record.target!r}): {error}") from error
+
+
+def _ask_all(
+    model: Any,
+    tok: Any,
+    records: Sequence[FactRecord],
+    max_new_tokens: int,
+    batch_size: int,
+    use_cache: bool,
+) -> list[RecordAnswers]:
+    """All prompts of all records in one pass each way, so that batches are full; the same prompt is asked once."""
     groups: list[tuple[bool, list[Query]]] = []  # five a record: edit, rephrasings, unrelated, near, portability
     for record in records:
         groups.append((record.written, [Query(record.prompt, record.target)]))

@@ -12,6 +12,7 @@ from torch import nn
 from ..editing.requests import EditRequest
 from ..editing.stream import EditStream
 from ..tuner.model import find_wise_layers
+from ..undisturbed import undisturbed
 from .database import JournalError
 from .entries import CallEntry, request_from, request_values
 from .journal import OPEN, Journal
@@ -51,6 +52,7 @@ def unfinished(journal: Journal) -> Unfinished | None:
     return Unfinished(number, call, list(map(request_from, left)), list(range(first, first + len(left))))
 
 
+@undisturbed
 def journaled(stream: EditStream, folder: str | Path, layer_name: str) -> EditStream:
     """The stream that goes on in a journal: the journal's own, or this one, which has no edits yet, in a new one.
 
@@ -144,6 +146,7 @@ def _finish(
     sink.journal.end(call)
 
 
+@undisturbed
 def resume(
     model: nn.Module,
     tok: Any,

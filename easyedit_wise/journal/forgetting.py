@@ -16,6 +16,7 @@ from torch import nn
 from ..editing.stream import EditStream
 from ..tuner.attach import detach
 from ..tuner.model import find_wise_layers
+from ..undisturbed import undisturbed
 from .database import JournalError
 from .entries import EditEntry, ForgottenEntry
 from .journal import PENDING, Journal
@@ -85,6 +86,7 @@ def _note(plan: Plan) -> dict[str, Any]:
     return note if plan.alone is None else {**note, "alone": True}
 
 
+@undisturbed
 def forget(
     model: nn.Module,
     tok: Any,

@@ -25,6 +25,7 @@ from ..tuner.config import WiseConfig
 from ..tuner.devices import computing_device
 from ..tuner.memory import MemoryState
 from ..tuner.model import find_wise_layers
+from ..undisturbed import undisturbed
 from .database import JournalError, digest_of
 from .entries import NO_CHAIN, CallEntry, EditEntry, SnapshotEntry, request_from
 from .journal import PENDING, STREAM, Journal
@@ -58,6 +59,7 @@ _AS_BEFORE: Mapping[str, Any] = MappingProxyType(
 )
 
 
+@undisturbed
 def attached(
     model: nn.Module, tok: Any, journal: Journal, adapter_name: str | None = None, any_base: bool = False
 ) -> EditStream:
@@ -262,6 +264,7 @@ def differs(stream: EditStream, snapshot: SnapshotEntry) -> bool:
     return made != [state.delta_weight for state in snapshot.memories]
 
 
+@undisturbed
 def going_on(
     model: nn.Module,
     tok: Any,

@@ -110,7 +110,7 @@ def unpacked(state: Mapping[str, Tensor], shape_of: Callable[[str], tuple[int, i
             ) from error
     for memory in memory_names(state):
         for name in _WEAKEST:
-            result.setdefault(f"{memory}.{name}", torch.tensor(math.inf))
+            result.setdefault(f"{memory}.{name}", torch.tensor(math.inf, dtype=torch.float32, device="cpu"))
     return result
 
 

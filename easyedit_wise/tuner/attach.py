@@ -10,6 +10,7 @@ from peft import inject_adapter_in_model
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
+from ..undisturbed import undisturbed
 from .config import WiseConfig
 from .fitting_names import is_linear_map, is_routed_expert, names_that_fit
 from .hooks import remove_hooks
@@ -49,6 +50,7 @@ def check_layer(model: nn.Module, parameter: str) -> str:
     raise ValueError(f"inner_params names {parameter[:200]!r}, which {what}. {names_that_fit(model, name)}")
 
 
+@undisturbed
 def attach(model: nn.Module, config: WiseConfig, adapter_name: str = "default") -> WiseLayer:
     """Wrap the one layer that ``config.target_modules`` names, in place, frozen for inference.
 
@@ -131,6 +133,7 @@ def lend(model: nn.Module, name: str, value: Any) -> None:
     model.__dict__.setdefault(_LENT, set()).add(name)
 
 
+@undisturbed
 def detach(model: nn.Module) -> None:
     """Take every WISE layer off: the very modules, hooks and trainability from before :func:`attach`.
 

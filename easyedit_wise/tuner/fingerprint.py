@@ -129,13 +129,14 @@ def _readable_weight(module: nn.Module) -> tuple[Tensor | None, bool]:
 def _places(numel: int) -> Tensor:
     """Up to 256 places in a flat weight, spread by the golden ratio: a fixed step could stay in one column."""
     if numel <= N_SAMPLES:
-        return torch.arange(numel)
-    return torch.tensor([(index * 0x9E3779B97F4A7C15 % 2**64) * numel >> 64 for index in range(N_SAMPLES)])
+        return torch.arange(numel, device="cpu")
+    places = [(index * 0x9E3779B97F4A7C15 % 2**64) * numel >> 64 for index in range(N_SAMPLES)]
+    return torch.tensor(places, device="cpu")
 
 
 def _decoded(samples: str) -> Tensor:
     data = bytearray(base64.b64decode(samples, validate=True))
-    return torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0)
+    return torch.frombuffer(data, dtype=torch.float32) if data else torch.empty(0, dtype=torch.float32, device="cpu")
 
 
 def _same_up_to_rounding(known: Mapping[str, Any], there: Tensor, found: Mapping[str, Any], here: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..routing import MAIN_MEMORY
 from ..sharding import random_mask
+from ..undisturbed import without_autocast
 from .config import WiseConfig
 from .devices import computing_device
 from .memory import LIVE, MemoryState, SideMemory
@@ -104,7 +105,8 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         mask = random_mask(shape, config.mask_ratio, generator).to(device) if stage == LIVE else None
         delta_weight = torch.zeros(shape, dtype=torch.float32, device=device)
         if not config.init_weights:
-            drawn = torch.randn(shape, generator=generator) / math.sqrt(self.in_features)
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
+            drawn = drawn / math.sqrt(self.in_features)
             delta_weight.copy_(drawn if mask is None else drawn * mask.to(drawn.device))
         # epsilon 0: a memory that was never calibrated answers as soon as it holds anything.
         return MemoryState(stage, delta_weight, mask, 0.0, 0)
@@ -207,7 +209,8 @@ class WiseLayer(nn.Module, BaseTunerLayer):
         if trained is not None:
             result = result + self._product(sequences, trained.delta_weight * trained.mask).to(result.dtype)
         else:
-            result = self._routed(sequences, result, candidates, asked)
+            with without_autocast(x.device.type):  # a threshold is compared with scores in fp32
+                result = self._routed(sequences, result, candidates, asked)
         return result.reshape(base_output.shape)
 
     def may_answer(self) -> bool:

@@ -58,9 +58,9 @@ def decide_mixed(
     n_rows, device = x.shape[0], x.device
     result = base_output.clone()
     choice = torch.full((n_rows,), MAIN_MEMORY, device=device)
-    scores = torch.zeros(n_rows, len(candidates), device=device)
+    scores = torch.zeros(n_rows, len(candidates), dtype=torch.float32, device=device)
     exact = torch.ones(n_rows, len(candidates), dtype=torch.bool, device=device)
-    epsilon = torch.zeros(len(candidates), device=device)
+    epsilon = torch.zeros(len(candidates), dtype=torch.float32, device=device)
     decided = torch.ones(n_rows, dtype=torch.bool, device=device)
     for group in groups:
         rows, columns = torch.tensor(group.rows, device=device), slice(group.first, group.end)

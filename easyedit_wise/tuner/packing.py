@@ -117,7 +117,7 @@ def unpack(
     if given == {MASKED}:
         return _scattered(parts, MASKED, shape, _as_places(places, shape))
     if ENTRIES in given:
-        flat = torch.zeros(shape[0] * shape[1], dtype=torch.bool)
+        flat = torch.zeros(shape[0] * shape[1], dtype=torch.bool, device="cpu")
         flat[_rising(ENTRIES, parts, (torch.int32, torch.int64), flat.numel())] = True
         there = flat.view(shape)
     else:
@@ -190,9 +190,9 @@ def _from_columns_and_bits(parts: Mapping[str, Tensor], shape: tuple[int, int]) 
     if COLUMNS not in parts:
         return _bits(parts, shape[0] * shape[1]).view(shape)
     columns = _rising(COLUMNS, parts, (torch.int32,), shape[1])
-    there = torch.zeros(shape, dtype=torch.bool)
+    there = torch.zeros(shape, dtype=torch.bool, device="cpu")
     inside = _bits(parts, shape[0] * columns.numel()).view(shape[0], -1) if BITS in parts else None
-    there[:, columns] = torch.ones((), dtype=torch.bool) if inside is None else inside
+    there[:, columns] = True if inside is None else inside
     return there
 
 

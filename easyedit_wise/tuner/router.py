@@ -141,8 +141,8 @@ class _Prefill:
         # What a memory sustains counts in its own edits' loudness: a later memory's epsilon lies nearer to it.
         self.loudness = torch.where(weakest.isfinite(), weakest, self.epsilon).clamp(min=_TINY)
         shape = (x.shape[0], len(candidates))
-        self.scores = torch.zeros(shape, device=x.device)
-        self.sustained = torch.zeros(shape, device=x.device) if relative else None
+        self.scores = torch.zeros(shape, dtype=torch.float32, device=x.device)
+        self.sustained = torch.zeros_like(self.scores) if relative else None
         self.known = torch.zeros(shape, dtype=torch.bool, device=x.device)
         self.choice = torch.full(shape[:1], MAIN_MEMORY, device=x.device)
         # Whose product stands in the result: a better score can bring back one that another had replaced.
