@@ -321,7 +321,7 @@ def test_a_journal_of_before_a_setting_is_made_again_as_it_was_made() -> None:
     defaults = WISEHyperParams(inner_params=["model.layers.0.mlp.down_proj.weight"]).to_dict()
     later = ("prompt_gain", "level_limit", "after_answer", "unfinished_names")
     recorded = {key: value for key, value in defaults.items() if key not in later}
-    found = restoring._settings(CallEntry("2026-11-25", recorded, [], 1))
+    found = restoring.settings_of(CallEntry("2026-11-25", recorded, [], 1))
     assert (found.prompt_gain, found.level_limit, found.after_answer, found.unfinished_names) == (1.0, 0.0, 0, 0.0)
-    named = restoring._settings(CallEntry("2026-11-27", {**recorded, "prompt_gain": 1.5, "level_limit": 0.5}, [], 1))
+    named = restoring.settings_of(CallEntry("2026-11-27", {**recorded, "prompt_gain": 1.5, "level_limit": 0.5}, [], 1))
     assert (named.prompt_gain, named.level_limit) == (1.5, 0.5)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..tuner.layer import WiseLayer
 from .answers import Answer
 
 _ABSENT = object()
@@ -36,7 +37,7 @@ def replay(
     Returns:
         Logits, shape (B, T, V), or (N, V) at ``positions``.
     """
-    with _answering(answers, layer, layer_output), _only_at(model, positions) as selected:
+    with _answering(answers, layer, layer_output), _unrouted(layer), _only_at(model, positions) as selected:
         logits: Tensor = model(**inputs).logits
     if selected:
         return logits[0]
@@ -77,6 +78,19 @@ def _answering(answers: Answers, layer: nn.Module, layer_output: Tensor) -> Iter
                 module.__dict__.pop("forward", None)
             else:
                 module.__dict__["forward"] = forward
+
+
+@contextmanager
+def _unrouted(layer: nn.Module) -> Iterator[None]:
+    """No query is asked here, so there is none to decide or to refuse; looking would make an accelerator wait."""
+    if not isinstance(layer, WiseLayer):
+        yield
+        return
+    was_disabled, layer._disable_adapters = layer._disable_adapters, True
+    try:
+        yield
+    finally:
+        layer._disable_adapters = was_disabled
 
 
 @contextmanager

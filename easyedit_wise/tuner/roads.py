@@ -7,6 +7,7 @@ else read, has no such route. It is refused before a token is answered, with wha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from .call import Call, is_countable
@@ -63,7 +64,9 @@ class Generation:
     held: Held | None = None
 
 
-def refusal(call: Call, n_cached: int, held: Held | None, generation: Generation | None) -> str | None:
+def refusal(
+    call: Call, n_cached: int, held: Held | None, generation: Generation | None, may_answer: Callable[[], bool]
+) -> str | None:
     """Why this call would be answered wrongly, and what to do instead; None: it has a route, or can decide one.
 
     A call behind a cache *goes on* with the cache's route if it has one new token, as decoding has. With several new
@@ -76,6 +79,7 @@ def refusal(call: Call, n_cached: int, held: Held | None, generation: Generation
         n_cached: tokens in its cache.
         held: the route that it would go on with.
         generation: the generation that it belongs to.
+        may_answer: tells whether a memory could answer it.
     """
     if not call.decoder_only or (generation is not None and (generation.held is not None or generation.drafting)):
         return None
@@ -83,7 +87,8 @@ def refusal(call: Call, n_cached: int, held: Held | None, generation: Generation
         return CONTINUOUS
     if n_cached > 0:
         return _behind_a_cache(call, n_cached, held, generation)
-    packed = packed_by(call)
+    # Positions and masks are looked at only where a memory could answer: an accelerator is waited for.
+    packed = packed_by(call) if may_answer() else None
     if packed is not None:
         return (
             f"this call packs several texts into one row ({packed}), but edits are routed by row: one text's edit "

@@ -148,7 +148,7 @@ class RoutingScope:
 
         Args:
             call: what it was given.
-            may_answer: tells whether a memory could answer it; asked only where the call has no route.
+            may_answer: tells whether a memory could answer it; asked only where the call has no route to go on with.
             named: the adapters that this call itself asks for.
 
         Raises:
@@ -164,7 +164,10 @@ class RoutingScope:
         held = generation.held if generation is not None else None
         if held is None and n_cached > 0:
             held = self._lookup(call.cache)
-        reason = CHOSEN_ELSEWHERE if self._asks_elsewhere() else refusal(call, n_cached, held, generation)
+        if self._asks_elsewhere():
+            reason: str | None = CHOSEN_ELSEWHERE
+        else:
+            reason = refusal(call, n_cached, held, generation, may_answer)
         if reason is not None and may_answer():
             raise ValueError(reason)
         state.shape, state.held, state.decided = call.shape, held, {}
