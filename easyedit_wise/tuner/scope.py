@@ -187,9 +187,9 @@ class RoutingScope:
                 held.routes.update(decided)
         if generation is not None and generation.held is None:
             generation.held = held
-        if decided and cache is not None:
+        if decided and held is not None and cache is not None:
             try:
-                self._by_cache[cache] = held  # type: ignore[assignment]
+                self._by_cache[cache] = held
             except TypeError:  # a legacy tuple cache cannot be referenced weakly: what follows it is refused
                 return
 
