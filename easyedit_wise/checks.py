@@ -23,7 +23,8 @@ def number_from_scientific_notation(value: Any) -> Any:
 
 def nearest(name: str, known: tuple[str, ...] | list[str]) -> str:
     """The rest of a sentence that suggests the nearest known name, if there is one."""
-    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    match = [one for one in known if one.casefold() == name.casefold()]
+    match += difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f": did you mean {match[0]!r}?" if match else "."
 
 

@@ -185,6 +185,7 @@ class WISEHyperParams(EasyEditArithmetic, ConsolidationSettings):
 
     @preset.setter
     def preset(self, name: Any) -> None:
+        preset_values(name)  # of an unknown one that is the error
         raise ValueError(
             f"preset {name!r} was assigned to settings that are made already, and it cannot be told which of their "
             f"values are to stay: make them with WISEHyperParams.from_preset({name!r}, inner_params, model_name=...), "

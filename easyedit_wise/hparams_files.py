@@ -32,7 +32,12 @@ def read_settings(name_or_path: str | Path, alg_name: str = "WISE") -> dict[str,
         if not is_name or not packaged.is_file():
             names = packaged_hparams(alg_name)
             if not names:  # of this algorithm, or of any, as inside EasyEdit
-                raise FileNotFoundError(f"{path} does not exist: name the YAML file of the settings.")
+                others = _packaged_algorithms()
+                none = f", and no settings are packaged for an algorithm {alg_name!r}{nearest(alg_name, others)}"
+                none += f" There are some for {', '.join(others)}."
+                raise FileNotFoundError(
+                    f"{path} does not exist{none if others else '.'} Name the YAML file of the settings."
+                )
             raise FileNotFoundError(
                 f"{path} does not exist and no packaged settings are called {path.stem!r}"
                 f"{nearest(path.stem, names)} Packaged: {', '.join(names)}."
@@ -45,6 +50,11 @@ def read_settings(name_or_path: str | Path, alg_name: str = "WISE") -> dict[str,
     if not isinstance(config, dict):
         raise ValueError(f"{path} does not hold settings: expected 'key: value' lines.")
     return config
+
+
+def _packaged_algorithms() -> list[str]:
+    folder = resources.files(__package__) / "data" / "hparams"
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
 
 
 def packaged_hparams(alg_name: str = "WISE") -> list[str]:

@@ -40,7 +40,7 @@ def check_attributes(names: Iterable[str], known: Collection[str]) -> None:
     for name in names:
         if name in known or name in HOST_SETTINGS or name in _MULTIMODAL or name.startswith("_"):
             continue
-        close = difflib.get_close_matches(name, [*known, *HOST_SETTINGS], n=1, cutoff=0.8)
+        close = difflib.get_close_matches(name, [*known, *HOST_SETTINGS, *_MULTIMODAL], n=1, cutoff=0.8)
         if close:
             raise ValueError(
                 f"the settings have an attribute {name!r}, which is no WISE setting: did you mean {close[0]!r}?"

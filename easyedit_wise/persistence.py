@@ -50,6 +50,8 @@ from .undisturbed import undisturbed
 
 # PEFT's checkpoints name modules as seen from the wrapping PeftModel.
 _PEFT_PREFIX = "base_model.model."
+# What EasyEdit's own WISE saves, by the name that its settings have for it.
+_OF_EASYEDIT = "wise.pt"
 
 
 @undisturbed
@@ -86,11 +88,11 @@ def save_edits(
     target.parent.mkdir(parents=True, exist_ok=True)
     with _rounded_to(layer.wisemem_config[adapter_name], save_dtype):
         _write(model, target, layer_name, layer, adapter_name, scores)
-    return Path(path)
+    return Path(path).expanduser()
 
 
 def check_save_path(path: str | Path) -> Path:
-    """Whether edits can be saved there, to be asked before they are made. Nothing is written.
+    """Whether edits can be saved there, to be asked before they are made. Nothing that is written stays.
 
     Returns:
         The path in full.
@@ -98,7 +100,7 @@ def check_save_path(path: str | Path) -> Path:
     Raises:
         ValueError: it is a file, holds other files than saved edits, or lies where no folder can be made.
     """
-    target = Path(path).resolve()
+    target = Path(path).expanduser().resolve()
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: edits are saved as a folder, so name another path.")
     foreign = sorted({entry.name for entry in target.iterdir()} - OUR_FILES) if target.exists() else []
@@ -107,11 +109,13 @@ def check_save_path(path: str | Path) -> Path:
             f"{target} holds {foreign[0]!r}, which is not part of saved edits, and a folder is replaced as a whole: "
             "name one of its own for the edits."
         )
-    # Written beside it and moved into place.
+    # Written beside it and moved into place. Tried, since permissions do not tell all, to root least.
     above = next(folder for folder in target.parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        why = "cannot be written to" if above.is_dir() else "is a file"
-        raise ValueError(f"edits cannot be saved in {target}, since {above} {why}: name another path.")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=f".{target.name}-", dir=above))
+    except OSError as error:
+        why = f"cannot be written to ({error.strerror})" if above.is_dir() else "is a file"
+        raise ValueError(f"edits cannot be saved in {target}, since {above} {why}: name another path.") from error
     return target
 
 
@@ -183,10 +187,13 @@ def load_edits(
         AdapterFileError: a file is missing, damaged, or does not fit this model; the model is as before.
         JournalError: likewise, for a journal.
     """
-    folder = Path(path)
-    if folder.is_file():
+    folder = Path(path).expanduser()
+    if folder.is_file() or ((folder / _OF_EASYEDIT).is_file() and not (folder / CONFIG_FILE).is_file()):
+        what = (
+            "is a file, and saved edits are a folder" if folder.is_file() else f"holds {_OF_EASYEDIT}, no saved edits"
+        )
         raise AdapterFileError(
-            f"{folder} is a file, and saved edits are a folder. Files such as wise.pt are what EasyEdit's own WISE "
+            f"{folder} {what}. Files such as {_OF_EASYEDIT} are what EasyEdit's own WISE "
             "saves; they hold pickled objects, which are not loaded here. Make those edits again, or load the file "
             "with EasyEdit's own WISE (after easyedit_wise.unregister())."
         )

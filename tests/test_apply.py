@@ -345,7 +345,8 @@ def test_a_device_object_in_the_settings_does_not_stop_the_saving(llama: Any, to
 
 def test_a_load_path_that_is_not_there(llama: Any, tok: Any, tmp_path: Path) -> None:
     # As in EasyEdit, where the file is only there after the first run.
-    apply_wise_to_model(llama, tok, requests(1), settings(load_path=str(tmp_path / "none")))
+    with pytest.warns(UserWarning, match=r"load_path .*none' does not exist: nothing is loaded"):
+        apply_wise_to_model(llama, tok, requests(1), settings(load_path=str(tmp_path / "none")))
     assert [memory.n_edits for memory in only_layer(llama).memories("default")] == [1]
 
 
@@ -632,9 +633,27 @@ def test_a_folder_that_cannot_be_written_to(
     llama: Any, tok: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Root may write everywhere, so the system's answer is given here.
-    monkeypatch.setattr("easyedit_wise.persistence.os.access", lambda *_: False)
-    with pytest.raises(ValueError, match=r"edits cannot be saved in .*, since .* cannot be written to"):
+    def read_only(*_: Any, **__: Any) -> str:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("easyedit_wise.persistence.tempfile.mkdtemp", read_only)
+    with pytest.raises(
+        ValueError, match=r"cannot be saved in .*, since .* cannot be written to \(Read-only file system"
+    ):
         apply_wise_to_model(llama, tok, requests(1), settings(save_path=str(tmp_path / "edits")))
+    assert not find_wise_layers(llama)
+
+
+def test_a_path_in_the_home_folder(
+    llama: Any, tok: Any, make_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    paths = {"save_path": "~/edits", "journal": "~/journal"}
+    apply_wise_to_model(llama, tok, requests(1), settings(**paths))
+    assert not (tmp_path / "~").exists()
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"edits", "journal"}
+    apply_wise_to_model(make_model("llama"), tok, requests(1), settings(load_path="~/edits"))
 
 
 def test_what_stands_after_a_failure_is_saved(
@@ -671,4 +690,9 @@ def test_a_file_of_easyedits_own_wise(llama: Any, tok: Any, tmp_path: Path, load
     }
     with pytest.raises(ValueError, match=r"wise\.pt is a file, and saved edits are a folder.*Make those edits again"):
         load[loading]()
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    path.rename(folder / "wise.pt")
+    with pytest.raises(ValueError, match=r"saved holds wise\.pt, no saved edits.*Make those edits again"):
+        load_edits(llama, folder)
     assert traces(llama) == trace

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from easyedit_wise.hparams import WISEHyperParams, packaged_hparams
+from easyedit_wise.hparams_files import read_settings
 
 
 class Published(NamedTuple):
@@ -170,6 +171,13 @@ def test_a_file_on_disk_goes_before_a_packaged_one(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "llama-7b.yaml").write_text(yaml.safe_dump(valid(n_iter=3)), encoding="utf-8")
     assert WISEHyperParams.from_hparams("llama-7b").n_iter == 3
+
+
+def test_an_algorithm_without_packaged_settings_is_named() -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"no settings are packaged for an algorithm 'UltraEdit': did you mean 'ULTRAEDIT'"
+    ):
+        read_settings("smollm2-135m", "UltraEdit")
 
 
 def test_an_unknown_name_lists_the_packaged_ones(tmp_path: Path) -> None:
@@ -429,6 +437,8 @@ def test_a_preset_cannot_be_assigned_later() -> None:
         ValueError, match=r"preset 'default' was assigned to settings that are made already.*from_preset"
     ):
         hparams.preset = "default"
+    with pytest.raises(ValueError, match="preset is 'papr': did you mean 'paper'"):
+        hparams.preset = "papr"
     assert not hasattr(hparams, "preset")
 
 

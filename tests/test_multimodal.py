@@ -121,7 +121,14 @@ def test_any_image_may_be_set_on_the_hosts_settings(model: Any) -> None:
     hparams = HostSettings()
     with pytest.raises(ValueError, match="any_image"):
         apply_wise_to_multimodal_model(model, Processor(), [REQUEST], hparams)
+    hparams.__dict__["any_image"] = "yes"
+    with pytest.raises(ValueError, match="any_image is 'yes': it must be true or false"):
+        apply_wise_to_multimodal_model(model, Processor(), [REQUEST], hparams)
     hparams.__dict__["any_image"] = True
+    hparams.__dict__["any_images"] = True
+    with pytest.raises(ValueError, match="'any_images'.*did you mean 'any_image'"):
+        apply_wise_to_multimodal_model(model, Processor(), [REQUEST], hparams)
+    del hparams.__dict__["any_images"]
     apply_wise_to_multimodal_model(model, Processor(), [REQUEST], hparams)
     assert len(find_wise_layers(model)) == 1
 

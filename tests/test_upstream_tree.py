@@ -163,7 +163,7 @@ def test_it_edits_without_the_plugin(tree: Path, tmp_path: Path) -> None:
         assert model(**question).logits.equal(torch.load(tmp_path / "edited.pt"))
     answer = torch.load(tmp_path / "answer.pt")[0]
     assert "Madrid" in tok.decode(answer)
-    assert "no-such-file.yaml does not exist: name the YAML file" in said
+    assert "no-such-file.yaml does not exist. Name the YAML file" in said
 
 
 def test_the_patch_changes_easyedits_own_lines(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy as copy_module
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,9 +157,16 @@ def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStrea
     name = None if hparams.inner_params is None else check_layer(model, hparams.inner_params[0])
     hparams = hparams.for_model(model)
     layers = find_wise_layers(model)
-    if not layers and hparams.load_path and Path(hparams.load_path).exists():
-        load_edits(model, hparams.load_path, tok=tok, hparams=hparams)
-        layers = find_wise_layers(model)
+    if not layers and hparams.load_path:
+        if Path(hparams.load_path).expanduser().exists():
+            load_edits(model, hparams.load_path, tok=tok, hparams=hparams)
+            layers = find_wise_layers(model)
+        else:  # the first run of a script that goes on with what it saved, or a slip
+            warnings.warn(
+                f"load_path {hparams.load_path!r} does not exist: nothing is loaded, and the edits begin on the model "
+                "as it is.",
+                stacklevel=3,
+            )
     if name is None:
         name = next(iter(layers), None) or _chosen_layer(model, hparams)
     if layers and name not in layers:
@@ -186,7 +194,7 @@ def stream_of(model: nn.Module, tok: Any, hparams: WISEHyperParams) -> EditStrea
 
 def _chosen_layer(model: nn.Module, hparams: WISEHyperParams) -> str:
     """The layer of a model without edits, where the settings name none: its journal's, or its architecture's."""
-    if hparams.journal and (Path(hparams.journal) / JOURNAL_FILE).is_file():
+    if hparams.journal and (Path(hparams.journal).expanduser() / JOURNAL_FILE).is_file():
         with Journal(hparams.journal) as journal:
             facts = journal.facts()
         if facts is not None:

@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import nn
 
+from ..checks import check_switch
+
 ALG_NAME = "WISE"
 _RECORD = "_easyedit_wise_multimodal_record"
 _UNREGISTER = "easyedit_wise.unregister() gives EasyEdit's own multimodal WISE back."
@@ -88,7 +90,8 @@ def apply_wise_to_multimodal_model(
     wanted = [requests] if isinstance(requests, Mapping) else list(requests)
     _check_model(model)
     any_image = getattr(hparams, "any_image", False)
-    texts = [_text_of(request, any_image is True) for request in wanted]
+    check_switch("any_image", any_image)
+    texts = [_text_of(request, any_image) for request in wanted]
     return apply_wise_to_model(model, text_side(tok), texts, hparams, copy=copy)
 
 

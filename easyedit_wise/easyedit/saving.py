@@ -33,7 +33,7 @@ class EditsSaver:
             ValueError: it cannot be saved to, or the model carries no such edits any more.
         """
         save_edits(self._model, path, self._adapter_name)
-        self.saved_to = Path(path).resolve()
+        self.saved_to = Path(path).expanduser().resolve()
 
     def after_a_failure(self, path: str | Path) -> None:
         """Save what stands; if that fails, too, it is logged: what the user has to hear of is the first failure."""

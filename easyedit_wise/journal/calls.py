@@ -65,7 +65,7 @@ def journaled(stream: EditStream, folder: str | Path, layer_name: str) -> EditSt
         JournalError: the model has edits that are not in the journal, or the journal cannot be written to.
     """
     if isinstance(stream.sink, JournalSink):
-        if stream.sink.journal.folder.resolve() != Path(folder).resolve():
+        if stream.sink.journal.folder.resolve() != Path(folder).expanduser().resolve():
             raise JournalError(
                 f"this model's edits are journaled in {stream.sink.journal.folder}, but the settings name {folder}: "
                 "a stream has one journal. Name that one, or restore the model first."

@@ -79,7 +79,7 @@ class Database:
     """
 
     def __init__(self, folder: str | Path, write: bool) -> None:
-        self.folder = Path(folder)
+        self.folder = Path(folder).expanduser()
         self.path = self.folder / JOURNAL_FILE
         self._lock: FileLock | None = None
         self._connection: sqlite3.Connection | None = None
