@@ -126,7 +126,7 @@ def test_any_image_may_be_set_on_the_hosts_settings(model: Any) -> None:
         apply_wise_to_multimodal_model(model, Processor(), [REQUEST], hparams)
     hparams.__dict__["any_image"] = True
     hparams.__dict__["any_images"] = True
-    with pytest.raises(ValueError, match="'any_images'.*did you mean 'any_image'"):
+    with pytest.raises(ValueError, match=r"'any_images'.*did you mean 'any_image'"):
         apply_wise_to_multimodal_model(model, Processor(), [REQUEST], hparams)
     del hparams.__dict__["any_images"]
     apply_wise_to_multimodal_model(model, Processor(), [REQUEST], hparams)
