@@ -64,6 +64,37 @@ class Wording:
             return text + self._template_gap + target
         return joined(text, target, how)
 
+    def pair(self, asked: str, target: str, separator: str | None = None) -> tuple[list[int], list[int]]:
+        """Tokens of a prompt as the model is asked it, and of the prompt with its target behind it.
+
+        A user asks the first, so the second begins with them: a target that the tokenizer would melt with the prompt's
+        last token (``"p):\\n"`` and ``"    return"``) is tokenised behind it. Where that cannot be done without another
+        text, behind a prompt that ends in a space, which belongs to the word that follows, and for
+        :attr:`special_tokens_again`, the two are one text's tokens.
+
+        Args:
+            asked: as :meth:`asked` gives it.
+            target: what follows.
+            separator: see :meth:`answered`.
+        """
+        answered = self.answered(asked, target, separator)
+        alone, whole = list(self(asked)["input_ids"]), list(self(answered)["input_ids"])
+        eos = getattr(self.tok, "eos_token_id", None)
+        if whole and alone and eos is not None and whole[-1] == alone[-1] == eos:
+            whole, alone = whole[:-1], alone[:-1]  # tokenizers that end every text with eos
+        if self.special_tokens_again or asked.endswith(" ") or whole[: len(alone)] == alone:
+            return alone, whole
+        behind = answered[len(asked) :]
+        # Alone, some tokenizers put a space before a text: then it is looked for behind a sign.
+        for sign in ("", "\n", "=", "x"):
+            before, both = (
+                list(self.tok(text, add_special_tokens=False)["input_ids"]) for text in (sign, sign + behind)
+            )
+            split = alone + both[len(before) :]
+            if both[: len(before)] == before and self.tok.decode(split) == self.tok.decode(whole):
+                return alone, split
+        return alone, whole
+
     @cached_property
     def _template_gap(self) -> str | None:
         """What the chat template writes between the start of an answer and the answer; None where it does not show."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import LAYERS
 from editing_helpers import FACTS, SpyTokenizer, logits_of, only_layer, requests, settings, stream_on, traces
 from peft import LoraConfig, get_peft_model, inject_adapter_in_model
@@ -696,3 +697,46 @@ def test_a_file_of_easyedits_own_wise(llama: Any, tok: Any, tmp_path: Path, load
     with pytest.raises(ValueError, match=r"saved holds wise\.pt, no saved edits.*Make those edits again"):
         load_edits(llama, folder)
     assert traces(llama) == trace
+
+
+@pytest.mark.parametrize("falsy", ["", None, 0, False])
+def test_a_separator_of_a_requests_own_is_not_passed_over(llama: Any, tok: Any, falsy: Any) -> None:
+    request = {"prompt": "The year 19", "target_new": "45", "target_separator": falsy}
+    with pytest.raises(ValueError, match="target_separator is"):
+        apply_wise_to_model(llama, tok, request, settings())
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "T5ForConditionalGeneration", "LlamaForSequenceClassification"])
+def test_what_continues_no_text_is_refused(tok: Any, kind: str) -> None:
+    small = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = {
+        "BertForMaskedLM": lambda: transformers.BertConfig(num_attention_heads=4, **small),
+        "T5ForConditionalGeneration": lambda: transformers.T5Config(vocab_size=400, d_model=32, d_ff=64, num_layers=1),
+        "LlamaForSequenceClassification": lambda: transformers.LlamaConfig(num_attention_heads=4, **small),
+    }[kind]()
+    model = getattr(transformers, kind)(config)
+    with pytest.raises(ValueError, match=rf"{kind} is (no causal|an encoder-decoder).*AutoModelForCausalLM"):
+        apply_wise_to_model(model, tok, requests(1), settings())
+    assert not find_wise_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lm_head.weight", "is the vocabulary projection"),
+        ("model.layers[1].mlp.down_proj.bias", "does not exist in this model"),
+    ],
+)
+def test_a_matrix_that_is_none_of_a_layers_values(llama: Any, tok: Any, name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        apply_wise_to_model(llama, tok, requests(1), settings(name))
+    assert not find_wise_layers(llama)
+
+
+@pytest.mark.parametrize("name", ["__base__", ""])
+def test_a_set_cannot_have_a_name_that_names_none(make_model: Any, tok: Any, tmp_path: Path, name: str) -> None:
+    apply_wise_to_model(make_model("llama"), tok, requests(1), settings(save_path=str(tmp_path / "edits")))
+    fresh = make_model("llama")
+    with pytest.raises(ValueError, match="names no set"):
+        load_edits(fresh, tmp_path / "edits", adapter_name=name)
+    assert not find_wise_layers(fresh)

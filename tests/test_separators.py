@@ -161,11 +161,34 @@ def test_tokens_of_prompt_and_target_read_as_the_joined_text(kind: str, prompt: 
     tokens, n_prompt = encode_pair(tok, prompt + end, target)
     text = joined(prompt + end, target)
     assert tok.decode(tokens) == text
-    assert tokens == tok(text)["input_ids"]
+    asked = tok(prompt + end)["input_ids"]
+    # What a user asks; where no other tokens read as the same text, the text's.
+    as_text = end == " " or kind == "sentencepiece"  # a space belongs to the word behind it
+    assert tokens[:n_prompt] == asked or (as_text and tokens == tok(text)["input_ids"])
     assert 0 < n_prompt < len(tokens)
     # The evaluation's are the same.
     wording = Wording(tok)
-    assert wording(wording.answered(wording.asked(prompt + end), target))["input_ids"] == tokens
+    assert wording.pair(wording.asked(prompt + end), target) == (asked, tokens)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target"), [("def load(p):\n", "    return"), ("a\n", "    b"), ("print(", '"Lyon")'), ("x=", "=1")]
+)
+def test_a_target_that_melts_with_the_prompt_stands_behind_what_a_user_asks(prompt: str, target: str) -> None:
+    """Trained on the text's own tokens, the edit hung on one that nobody's prompt leads to."""
+    backend = Tokenizer(models.BPE(unk_token=None))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator([prompt + target] * 3, trainer)
+    tok = PreTrainedTokenizerFast(tokenizer_object=backend)
+    asked = tok(prompt)["input_ids"]
+    assert tok(prompt + target)["input_ids"][: len(asked)] != asked  # it melts
+    tokens, n_prompt = encode_pair(tok, prompt, target)
+    assert tokens[:n_prompt] == asked
+    assert tok.decode(tokens) == prompt + target
 
 
 # -- requests and settings ------------------------------------------------------------------------

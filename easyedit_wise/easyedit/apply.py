@@ -112,6 +112,7 @@ def apply_wise_to_model(
     if isinstance(requests, Mapping):
         requests = [requests]
     edits = [EditRequest.from_easyedit(request, settings.target_separator) for request in requests]
+    _check_causal(model)
     if settings.inner_params is not None:
         check_layer(model, settings.inner_params[0])
     if settings.save_path:
@@ -144,6 +145,18 @@ def apply_wise_to_model(
     if save and settings.save_path:
         saver(settings.save_path)
     return model, RestoreWeights(lambda: _restore(model, stream, before, fresh))
+
+
+def _check_causal(model: Any) -> None:
+    """Raise for what is no model that continues a text; of one that is not transformers' own nothing is known."""
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    can_generate = getattr(model, "can_generate", None)
+    if not isinstance(model, nn.Module) or encoder_decoder or (callable(can_generate) and not can_generate()):
+        what = "an encoder-decoder model" if encoder_decoder else "no causal language model"
+        raise ValueError(
+            f"{type(model).__name__} is {what}, and an edit is what a causal one shall continue a prompt with: load "
+            "one with AutoModelForCausalLM."
+        )
 
 
 @undisturbed

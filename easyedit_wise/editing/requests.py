@@ -74,7 +74,8 @@ class EditRequest:
                 "an edit needs a prompt and the text that shall follow it."
             )
         prompt, target, loc_prompt = request["prompt"], request["target_new"], request.get("loc_prompt")
-        separator = request.get("target_separator") or separator
+        separator = request.get("target_separator", separator)
+        check_choice("target_separator", separator, SEPARATORS)
         if isinstance(target, str) and separator != NONE:
             target = target.rstrip()
             bare = target.removeprefix(" ")
@@ -179,8 +180,8 @@ class TokenBatch:
 def encode_pair(tok: Any, prompt: str, target: str, separator: str = AUTO) -> tuple[list[int], int]:
     """Tokens of a prompt with its target behind it, and how many of them are the prompt's.
 
-    The text is tokenised as a whole, as a model would meet it; the prompt's part ends where it
-    stops to agree with the prompt tokenised alone.
+    The prompt's are those that a user asks, see :meth:`..wording.Wording.pair`; where the text's tokens are others, the
+    prompt's part ends where they stop to agree.
 
     Args:
         tok: the tokenizer, or a :class:`..wording.Wording` of it.
@@ -191,11 +192,7 @@ def encode_pair(tok: Any, prompt: str, target: str, separator: str = AUTO) -> tu
     Raises:
         ValueError: nothing of the target, or nothing of the prompt, is left as a token of its own.
     """
-    alone = list(tok(prompt)["input_ids"])
-    together = list(tok(Wording.of(tok).answered(prompt, target, separator))["input_ids"])
-    eos = getattr(tok, "eos_token_id", None)
-    if together and alone and eos is not None and together[-1] == alone[-1] == eos:
-        together, alone = together[:-1], alone[:-1]  # tokenizers that end every text with eos
+    alone, together = Wording.of(tok).pair(prompt, target, separator)
     n_prompt = 0
     while n_prompt < min(len(alone), len(together)) and alone[n_prompt] == together[n_prompt]:
         n_prompt += 1

@@ -261,7 +261,7 @@ def _encode_query(tok: Any, query: Query) -> tuple[list[int], int]:
     prompt, answer = nonempty("prompt", query.prompt), nonempty("answer", query.answer)
     wording = Wording.of(tok)
     asked = wording.asked(prompt)
-    alone, joint = _encode(wording, asked), _encode(wording, wording.answered(asked, answer))
+    alone, joint = wording.pair(asked, answer)
     start = next((i for i, (a, b) in enumerate(zip(alone, joint, strict=False)) if a != b), len(alone))
     if not 0 < start < len(joint):
         raise ValueError(f"The answer {answer!r} has no token of its own after the prompt {prompt!r}.")

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..undisturbed import undisturbed
+from .asked import BASE_MODEL
 from .config import WiseConfig
 from .fitting_names import is_linear_map, is_routed_expert, names_that_fit
 from .hooks import remove_hooks
@@ -27,7 +28,7 @@ _TRANSFORMERS_FLAG = "_hf_peft_config_loaded"
 def module_name_of(parameter: str) -> str:
     """``model.layers[27].mlp.down_proj.weight`` (EasyEdit) as a module name: ``model.layers.27.mlp.down_proj``."""
     name = parameter.replace("[", ".").replace("]", "")
-    return name.removesuffix(".weight").removesuffix(".bias")
+    return name.removesuffix(".weight")
 
 
 def check_layer(model: nn.Module, parameter: str) -> str:
@@ -45,9 +46,17 @@ def check_layer(model: nn.Module, parameter: str) -> str:
         what = f"is {type(module).__name__}, not a linear map"
     elif is_routed_expert(name):
         what = "is a part of one routed expert"
+    elif module is _vocabulary_projection(model):
+        what = "is the vocabulary projection, behind which no layer is left to say anything"
     else:
         return name
     raise ValueError(f"inner_params names {parameter[:200]!r}, which {what}. {names_that_fit(model, name)}")
+
+
+def _vocabulary_projection(model: nn.Module) -> nn.Module | None:
+    find = getattr(model, "get_output_embeddings", None)
+    projection: nn.Module | None = find() if callable(find) else None
+    return projection
 
 
 @undisturbed
@@ -73,6 +82,8 @@ def attach(model: nn.Module, config: WiseConfig, adapter_name: str = "default") 
             f"this model already carries the PEFT method {', '.join(foreign)}: merge it into the weights "
             "(merge_and_unload()) or take it off (unload()) first, then edit."
         )
+    if adapter_name in ("", BASE_MODEL):
+        raise ValueError(f"adapter_name is {adapter_name!r}: that names no set, {BASE_MODEL!r} is the unedited model.")
     if "." in adapter_name:
         raise ValueError(f"adapter_name is {adapter_name!r}: PyTorch allows no dot in it, so leave it out.")
     name = _only_match(model, config)
